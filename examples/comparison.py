@@ -1,0 +1,316 @@
+"""What the examples share: pre-train a network, train it four ways with quantization, show the difference."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.functional import accuracy
+
+from lightning_qat_osc import (
+    BatchNormReestimation,
+    IterativeFreezing,
+    OscillationDampening,
+    OscillationTracking,
+    QuantizationAwareTraining,
+)
+from lightning_qat_osc.metrics import FrozenShare, OscillatingShare
+from lightning_qat_osc.surgery import oscillation_states
+
+METHODS = ("LSQ", "dampening", "freezing", "both")
+
+
+class Classifier(L.LightningModule):
+    """A plain LightningModule around a network that returns logits: nothing in it knows of quantization.
+
+    Args:
+        network: Images in, logits out.
+        learning_rate: Of SGD with momentum 0.9, annealed to 0 by a cosine.
+        weight_decay: Of all parameters.
+    """
+
+    def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float = 1e-4) -> None:
+        super().__init__()
+        self.network = network
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of a batch of images."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy of a batch."""
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracy and loss of a batch."""
+        images, labels = batch
+        logits = self(images)
+        self.log("val_loss", F.cross_entropy(logits, labels))
+        self.log("val_accuracy", accuracy(logits, labels, task="multiclass", num_classes=logits.shape[1]))
+
+    def configure_optimizers(self) -> Any:
+        """SGD with a cosine."""
+        optimizer = torch.optim.SGD(
+            self.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Images(L.LightningDataModule):
+    """Images and labels that fit into memory.
+
+    Args:
+        train: Training images [N, 1, H, W] and labels [N].
+        val: Validation images and labels.
+        batch_size: Images a step.
+    """
+
+    def __init__(self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], batch_size: int) -> None:
+        super().__init__()
+        self.train = torch.utils.data.TensorDataset(*train)
+        self.val = torch.utils.data.TensorDataset(*val)
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> Any:
+        """Shuffled batches."""
+        return torch.utils.data.DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> Any:
+        """Batches in order."""
+        return torch.utils.data.DataLoader(self.val, 500)
+
+
+@dataclass
+class Setting:
+    """One way to quantize, and the hyperparameters of the methods that control oscillations.
+
+    Attributes:
+        name: Such as W3A3.
+        weight_bits: Bits of the weights.
+        activation_bits: Bits of the activations, or None.
+        epochs: Epochs of quantization-aware training.
+        learning_rate: Its initial learning rate.
+        scale_learning_rate: That of the scales.
+        momentum: Of oscillation tracking.
+        dampening: Keyword arguments of OscillationDampening.
+        freezing: Keyword arguments of IterativeFreezing.
+    """
+
+    name: str
+    weight_bits: int
+    activation_bits: int | None
+    epochs: int
+    learning_rate: float
+    scale_learning_rate: float
+    momentum: float
+    dampening: dict[str, Any]
+    freezing: dict[str, Any]
+
+
+@dataclass
+class Result:
+    """What one run came to: accuracies and shares in percent, time in seconds."""
+
+    setting: str
+    method: str
+    seed: int
+    before: float
+    after: float
+    oscillating: float
+    frozen: float
+    train_loss: float
+    seconds: float
+    curves: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict, repr=False)
+
+
+def quiet() -> None:
+    """Leave the terminal to the results."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*logging interval.*", ".*below twice the momentum.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _trainer(**arguments: Any) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **arguments,
+    )
+
+
+def pretrain(network: nn.Module, data: Images, *, epochs: int, learning_rate: float, seed: int = 0) -> tuple[nn.Module, float]:
+    """Train a network in full precision.
+
+    Returns:
+        The network, and its accuracy in percent.
+    """
+    L.seed_everything(seed, verbose=False)
+    module = Classifier(network, learning_rate)
+    trainer = _trainer(max_epochs=epochs, logger=False, limit_val_batches=0)
+    trainer.fit(module, data)
+    trainer = _trainer(logger=False)
+    return network, 100 * trainer.validate(module, data, verbose=False)[0]["val_accuracy"]
+
+
+def _callbacks(setting: Setting, method: str) -> list[L.Callback]:
+    callbacks: list[L.Callback] = [
+        QuantizationAwareTraining(
+            weight_bits=setting.weight_bits,
+            activation_bits=setting.activation_bits,
+            scale_learning_rate=setting.scale_learning_rate,
+        ),
+        OscillationTracking(momentum=setting.momentum),
+    ]
+    if method in ("dampening", "both"):
+        callbacks.append(OscillationDampening(**setting.dampening))
+    if method in ("freezing", "both"):
+        callbacks.append(IterativeFreezing(**setting.freezing))
+    return callbacks
+
+
+def _read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Every logged figure over the steps, from the CSV log."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(float(row["step"]))
+                    values.append(float(value))
+    return curves
+
+
+def train_quantized(
+    network: nn.Module, data: Images, setting: Setting, method: str, *, seed: int, output: Path
+) -> Result:
+    """Train a copy of a network with quantization, and evaluate it before and after batch-norm re-estimation."""
+    L.seed_everything(seed, verbose=False)
+    module = Classifier(deepcopy(network), setting.learning_rate)
+    name = f"{setting.name}-{method}-{seed}"
+    csv_logger = CSVLogger(output, name="csv", version=name)
+    trainer = _trainer(
+        max_epochs=setting.epochs,
+        callbacks=_callbacks(setting, method),
+        logger=[csv_logger, TensorBoardLogger(str(output), name="tensorboard", version=name)],
+        log_every_n_steps=10,
+    )
+    start = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - start
+    before = trainer.validate(module, data, verbose=False)[0]["val_accuracy"]
+    evaluation = _trainer(callbacks=[_callbacks(setting, "LSQ")[0], BatchNormReestimation(num_batches=50)], logger=False)
+    after = evaluation.validate(module, data, verbose=False)[0]["val_accuracy"]
+    states = oscillation_states(module)
+    oscillating, frozen = OscillatingShare(list(states)), FrozenShare(list(states))
+    oscillating.update(states)
+    frozen.update(states)
+    curves = _read_curves(Path(csv_logger.log_dir) / "metrics.csv")
+    losses = curves["train_loss"][1]
+    last = losses[-max(1, len(losses) // 10) :]
+    return Result(
+        setting=setting.name,
+        method=method,
+        seed=seed,
+        before=100 * before,
+        after=100 * after,
+        oscillating=100 * oscillating.compute()[""].item(),
+        frozen=100 * frozen.compute()[""].item(),
+        train_loss=sum(last) / len(last),
+        seconds=seconds,
+        curves=curves,
+    )
+
+
+def compare(
+    network: nn.Module,
+    data: Images,
+    settings: Sequence[Setting],
+    *,
+    seeds: Sequence[int],
+    output: Path,
+    report: Callable[[Result], None],
+    methods: Sequence[str] = METHODS,
+) -> list[Result]:
+    """All methods, settings and seeds, one after another; ``report`` hears of each as it ends."""
+    results = []
+    for setting in settings:
+        for method in methods:
+            for seed in seeds:
+                result = train_quantized(network, data, setting, method, seed=seed, output=output)
+                report(result)
+                results.append(result)
+    return results
+
+
+def _mean_spread(values: Sequence[float], digits: int = 2) -> str:
+    t = torch.tensor(values)
+    spread = f" ± {t.std().item():.{digits}f}" if len(values) > 1 else ""
+    return f"{t.mean().item():.{digits}f}{spread}"
+
+
+def table(results: Sequence[Result]) -> str:
+    """A Markdown table: means, and standard deviations over the seeds where there are several."""
+    lines = [
+        "| setting | method | accuracy % before BN re-estimation | after | Osc. % | frozen % | training loss | time s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key in dict.fromkeys((r.setting, r.method) for r in results):
+        runs = [r for r in results if (r.setting, r.method) == key]
+        columns = [_mean_spread([getattr(r, name) for r in runs]) for name in ("before", "after", "oscillating", "frozen")]
+        loss = _mean_spread([r.train_loss for r in runs], 4)
+        seconds = f"{sum(r.seconds for r in runs) / len(runs):.0f}"
+        lines.append(f"| {' | '.join([*key, *columns, loss, seconds])} |")
+    return "\n".join(lines)
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Draw oscillating share, frozen share and validation accuracy over the steps, of the first seed of each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    settings = list(dict.fromkeys(r.setting for r in results))
+    figures = [
+        ("oscillation/oscillating", "oscillating weights, %"),
+        ("oscillation/frozen", "frozen weights, %"),
+        ("val_accuracy", "accuracy before re-estimation, %"),
+    ]
+    figure, axes = plt.subplots(len(settings), 3, figsize=(13, 3.6 * len(settings)), squeeze=False)
+    for row, setting in zip(axes, settings):
+        for axis, (name, label) in zip(row, figures):
+            for method in dict.fromkeys(r.method for r in results):
+                run = next((r for r in results if (r.setting, r.method) == (setting, method)), None)
+                if run is not None and name in run.curves:
+                    steps, values = run.curves[name]
+                    axis.plot(steps, [100 * v for v in values], label=method, linewidth=1.4)
+            axis.set(xlabel="optimizer step", ylabel=label, title=setting)
+            axis.grid(alpha=0.3)
+        row[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

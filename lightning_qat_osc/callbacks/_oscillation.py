@@ -1,0 +1,87 @@
+"""What the oscillation callbacks share: their checks, their schedule, and the weights of an optimizer."""
+
+from __future__ import annotations
+
+import math
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
+from lightning_qat_osc.surgery import QuantizedWeight, quantized_weights
+
+__all__ = ["check_number", "check_share", "is_log_step", "owned_by", "require_quantization", "run_schedule"]
+
+
+def check_number(name: str, value: float, *, low: float, high: float = math.inf, low_open: bool = False) -> None:
+    """Refuse a number outside ``[low, high]`` (or ``(low, high]``), and NaN.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not (low < value if low_open else low <= value) or not value <= high:
+        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if math.isfinite(high) else ')'}"
+        raise ValueError(f"{name} must be in {interval}, got {value}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse a number outside [0, 1), and NaN.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
+def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Insist that a QuantizationAwareTraining comes before a callback.
+
+    Raises:
+        MisconfigurationException: If none is in the list, or it comes later.
+    """
+    name = type(callback).__name__
+    position = {id(c): i for i, c in enumerate(trainer.callbacks)}  # type: ignore[attr-defined]
+    quantization = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
+    if not quantization:
+        raise MisconfigurationException(
+            f"{name} needs quantized weights: add QuantizationAwareTraining(...) to the Trainer's callbacks, before it."
+        )
+    if position[id(quantization[0])] > position[id(callback)]:
+        raise MisconfigurationException(
+            f"QuantizationAwareTraining must come before {name} in the Trainer's callbacks: it inserts the quantizers "
+            "and moves their scales, which the others then read."
+        )
+
+
+def owned_by(optimizer: Optimizer, pl_module: pl.LightningModule, max_bits: int) -> list[QuantizedWeight]:
+    """The low-bit weights that an optimizer updates."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [w for w in quantized_weights(pl_module, max_bits) if id(w.weight) in owned]
+
+
+def run_schedule(trainer: pl.Trainer, what: str, initial_value: float, final_value: float, start: float) -> Schedule:
+    """A cosine from one value to the other over the optimizer steps of the run; constant where they are equal.
+
+    Raises:
+        MisconfigurationException: If the run has no known end.
+    """
+    if initial_value == final_value:
+        return constant(final_value)
+    steps = trainer.estimated_stepping_batches
+    if not trainer.lightning_module.automatic_optimization and trainer.max_steps == -1:
+        steps *= len(trainer.optimizers)  # global_step counts the steps of all of them
+    if not math.isfinite(steps):
+        raise MisconfigurationException(
+            f"{what} is annealed over the run, whose number of optimizer steps is not known: set Trainer(max_steps=...), "
+            "or Trainer(max_epochs=..., limit_train_batches=...) for a loader without a length."
+        )
+    return cosine_anneal(initial_value, final_value, max(1, int(steps)), start)
+
+
+def is_log_step(trainer: pl.Trainer) -> bool:
+    """Whether the loggers take the figures of the optimizer step that has just been made."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(every) and (trainer.global_step % every == 0 or trainer.is_last_batch)

@@ -1,0 +1,212 @@
+"""Forward passes over training batches that leave training as it was: for calibration and batch-norm re-estimation."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from lightning_qat_osc.batch_norm import batch_norm_layers
+
+__all__ = ["ForwardFn", "can_run_training_step", "training_batches", "training_pass", "without_side_effects"]
+
+ForwardFn = Callable[[pl.LightningModule, Any], object]
+"""Takes the LightningModule and a batch on its device, and runs the network on it."""
+
+_SEED = 0  # the same batches at each evaluation, so that epochs differ by their weights alone
+
+
+class _QuietTrainer:
+    """Stands in for the Trainer during a pass: ``self.log`` and the loggers do nothing, the rest is the Trainer's."""
+
+    barebones = True  # LightningModule.log returns early
+    training = True
+    validating = testing = predicting = sanity_checking = False
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self.logger = DummyLogger()
+        self.loggers = [self.logger]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+
+@contextmanager
+def _fixed_rng(seed: int) -> Iterator[None]:
+    """Seed every generator that a data pipeline may use, and put all of them back."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _metric_state(metric: Metric) -> dict[str, Any]:
+    names = [*metric.metric_state, "_update_count", "_computed", "_forward_cache"]
+    return {name: copy.deepcopy(getattr(metric, name)) for name in names}
+
+
+@contextmanager
+def _restored_state(module: torch.nn.Module) -> Iterator[None]:
+    """Put back modes, metrics and all buffers but batch-norm statistics, of which re-estimation takes care."""
+    statistics = {id(b) for bn in batch_norm_layers(module).values() for b in bn.buffers(recurse=False)}
+    buffers = [(b, b.clone()) for b in module.buffers() if id(b) not in statistics]
+    metrics = [(m, _metric_state(m)) for m in module.modules() if isinstance(m, Metric)]
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for metric, state in metrics:
+            for name, value in state.items():
+                setattr(metric, name, value)
+
+
+@contextmanager
+def without_side_effects(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Run forward passes in evaluation mode that nothing else notices: no log, no random number, no buffer, no metric.
+
+    Compiled modules run eagerly, so that hooks on their layers fire.
+    """
+    eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+    with torch.no_grad(), _fixed_rng(_SEED), _restored_state(pl_module), eager, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*You are trying to `self.log\\(\\)`.*")
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        pl_module.trainer = _QuietTrainer(trainer)  # type: ignore[assignment]
+        try:
+            pl_module.eval()
+            yield
+        finally:
+            pl_module.trainer = trainer
+
+
+def can_run_training_step(pl_module: pl.LightningModule) -> bool:
+    """Whether ``training_step`` is a pure function of a batch: no optimizer of its own, no iterator to draw from."""
+    parameters = inspect.signature(pl_module.training_step).parameters
+    return pl_module.automatic_optimization and "dataloader_iter" not in parameters
+
+
+def training_pass(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, forward_fn: ForwardFn | None
+) -> Callable[[Any], object]:
+    """What to do with a batch: the user's function, or the module's ``training_step`` under the Trainer's precision.
+
+    Raises:
+        MisconfigurationException: If there is no function and ``training_step`` cannot serve.
+    """
+    if forward_fn is not None:
+        function = forward_fn
+
+        def run_function(batch: Any) -> object:
+            with trainer.precision_plugin.train_step_context():
+                return function(pl_module, batch)
+
+        return run_function
+    if not can_run_training_step(pl_module):
+        raise MisconfigurationException(
+            "`training_step` cannot be run on its own under manual optimization or with a `dataloader_iter`: "
+            "give `forward_fn`, a function of the LightningModule and a batch that runs the network."
+        )
+    takes_index = len(inspect.signature(pl_module.training_step).parameters) > 1
+
+    def run_step(batch: Any) -> object:
+        return trainer.strategy.training_step(*((batch, 0) if takes_index else (batch,)))
+
+    return run_step
+
+
+def _independent(loader: Any) -> Any:
+    """A loader whose iteration leaves this one's workers alone: iterating one with persistent workers restarts them."""
+    if not isinstance(loader, DataLoader) or not loader.persistent_workers:
+        return loader
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=loader.batch_sampler,
+        batch_size=1 if loader.batch_sampler is not None else loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+    )
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The generators that iterating a loader advances."""
+    holders = (
+        loader,
+        getattr(loader, "sampler", None),
+        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+    )
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return [g for g in found if isinstance(g, torch.Generator)]
+
+
+def _train_dataloaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+    """The loaders that training uses, as the Trainer prepared them, or else as their author returns them; or None."""
+    if trainer.train_dataloader is not None:
+        return trainer.train_dataloader
+    for source in (trainer.datamodule, pl_module):  # type: ignore[attr-defined]
+        if source is not None and is_overridden("train_dataloader", source):
+            return source.train_dataloader()
+    return None
+
+
+def training_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, num_batches: int) -> Iterator[Any]:
+    """The first training batches, on the module's device, without disturbing the iterator that training draws from.
+
+    Use it inside :func:`without_side_effects`, which fixes the random numbers that shuffle and augment them.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+        num_batches: How many, at most; ``limit_train_batches`` holds as well.
+
+    Yields:
+        Batches, or nothing where the Trainer has no training data.
+    """
+    loaders = _train_dataloaders(trainer, pl_module)
+    if loaders is None:
+        return
+    combined = CombinedLoader(loaders, "max_size_cycle")
+    states = [(g, g.get_state()) for loader in combined.flattened for g in _generators(loader)]
+    combined.flattened = [_independent(loader) for loader in combined.flattened]
+    limit = min(num_batches, trainer.num_training_batches) if trainer.train_dataloader is not None else num_batches
+    before_transfer = pl_module.on_before_batch_transfer
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if datamodule is not None and is_overridden("on_before_batch_transfer", datamodule):
+        before_transfer = datamodule.on_before_batch_transfer
+    try:
+        for batch, _, _ in islice(combined, int(limit)):
+            batch = before_transfer(trainer.precision_plugin.convert_input(batch), 0)
+            yield trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

@@ -1,0 +1,117 @@
+"""BatchNormReestimation: fresh batch-norm statistics before every evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_qat_osc.batch_norm import batch_norm_layers, reestimate_batch_norm
+from lightning_qat_osc.callbacks._oscillation import require_quantization
+from lightning_qat_osc.callbacks._training_passes import (
+    ForwardFn,
+    can_run_training_step,
+    training_batches,
+    training_pass,
+    without_side_effects,
+)
+
+__all__ = ["BatchNormReestimation"]
+
+
+class BatchNormReestimation(pl.Callback):
+    """Computes batch-norm statistics anew before every validation and test and at the end of fit.
+
+    Oscillating weights leave running statistics stale (Nagel et al., arXiv 2203.11086, Sec. 2.3.1). Each layer gets
+    exactly the mean and variance over some training batches; the same ones each time, so that epochs differ by their
+    weights alone. Weights, other buffers, metrics, random numbers and training's own iterator are left alone, and
+    nothing is logged from these passes. Layers that training itself keeps in evaluation mode are left alone as well.
+
+    Put it after callbacks that swap weights before an evaluation, such as WeightAveraging. Attributes that a
+    ``training_step`` sets by itself, such as a list of outputs, are beyond reach: give ``forward_fn`` then.
+
+    Args:
+        num_batches: Training batches to estimate from, at least 1, on each process. The paper's authors use 50.
+        log_divergence: Log ``batch_norm/divergence/<layer>``, the KL divergence of the new statistics from the old in
+            nats, mean over the channels, and ``batch_norm/divergence``, the largest of them.
+        forward_fn: Runs the network on a batch, given the LightningModule and the batch, where its ``training_step``
+            cannot be run on its own. In YAML, the import path of a function.
+
+    Raises:
+        ValueError: If ``num_batches`` is below 1.
+    """
+
+    def __init__(
+        self, num_batches: int = 50, *, log_divergence: bool = False, forward_fn: ForwardFn | None = None
+    ) -> None:
+        super().__init__()
+        if num_batches < 1:
+            raise ValueError(f"num_batches must be at least 1, got {num_batches}")
+        self.num_batches = num_batches
+        self.log_divergence = log_divergence
+        self.forward_fn = forward_fn
+        self._trained: dict[str, _BatchNorm] = {}  # the layers whose statistics training does not use
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check that ``training_step`` can be run, and note which layers it may be for."""
+        require_quantization(trainer, self)
+        self._note_trained(pl_module)
+        if self._trained and self.forward_fn is None and not can_run_training_step(pl_module):
+            raise MisconfigurationException(
+                "BatchNormReestimation cannot run this module's `training_step` on its own (manual optimization, or a "
+                "`dataloader_iter`): give `forward_fn`, a function of the LightningModule and a batch."
+            )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note which layers are in training mode: an epoch may have begun, or a callback unfrozen some."""
+        self._note_trained(pl_module)
+
+    def _note_trained(self, pl_module: pl.LightningModule) -> None:
+        self._trained = {name: bn for name, bn in batch_norm_layers(pl_module).items() if bn.training}
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Re-estimate, and log how far the statistics were off."""
+        if not trainer.sanity_checking:
+            self._log(pl_module, self._reestimate(trainer, pl_module))
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Re-estimate, and log how far the statistics were off."""
+        self._log(pl_module, self._reestimate(trainer, pl_module))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Re-estimate for whoever uses the module after fit."""
+        self._reestimate(trainer, pl_module)
+
+    def _reestimate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+        if not self._trained:
+            return {}
+        forward = training_pass(trainer, pl_module, self.forward_fn)
+        with without_side_effects(trainer, pl_module):
+            batches = training_batches(trainer, pl_module, self.num_batches)
+            first = next(batches, None)
+            if first is None:
+                rank_zero_warn(
+                    "There is no training data to re-estimate batch norm from: its statistics stay as they are."
+                )
+                return {}
+            return reestimate_batch_norm(pl_module, _chain(first, batches), forward, layers=self._trained)
+
+    def _log(self, pl_module: pl.LightningModule, divergence: dict[str, Tensor]) -> None:
+        if not self.log_divergence or not divergence:
+            return
+        means = {name: value.mean() for name, value in divergence.items()}
+        for name, value in means.items():
+            pl_module.log(f"batch_norm/divergence/{name}", value, batch_size=1)
+        pl_module.log("batch_norm/divergence", torch.stack(list(means.values())).amax(), batch_size=1)
+
+
+def _chain(first: Any, rest: Any) -> Any:
+    yield first
+    yield from rest

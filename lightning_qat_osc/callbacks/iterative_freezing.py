@@ -1,0 +1,119 @@
+"""IterativeFreezing: holds the integers of weights that oscillate too often."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_qat_osc.callbacks._oscillation import check_number, check_share, is_log_step, owned_by, run_schedule
+from lightning_qat_osc.callbacks.oscillation_tracking import TracksOscillation
+from lightning_qat_osc.oscillation import add_frozen_scale_gradient
+from lightning_qat_osc.schedules import Schedule, constant
+from lightning_qat_osc.surgery import quantized_weights
+
+__all__ = ["IterativeFreezing"]
+
+
+class IterativeFreezing(TracksOscillation):
+    """Freezes weights that oscillate too often (Nagel et al., arXiv 2203.11086, Sec. 4.3, Algorithm 1).
+
+    A weight whose frequency exceeds the threshold is held for the rest of training at the integer that its moving
+    average rounds to. The scale goes on learning, with dw_q/ds = z for a frozen integer z. Frozen latent weights are kept
+    at s z, so they are right in evaluation, in every checkpoint and for code that knows nothing of freezing; whatever
+    momentum or weight decay does to them is undone.
+
+    Needs no OscillationTracking; beside one, both share one state. Logs ``oscillation/freeze_threshold``.
+
+    Args:
+        threshold: Frequency above which a weight is frozen, in (0, 1], in oscillations per optimizer step.
+        final_threshold: Threshold at the end of the run, annealed to along half a cosine. None: constant.
+        anneal_start: Share of the run at which annealing begins, in [0, 1); nothing is frozen before. A constant
+            threshold holds from the first step.
+        momentum: Weight of the new value in the moving averages, in (0, 1]. None: that of OscillationTracking if it is in
+            the list, else 0.01. One oscillation lifts a frequency of 0 to the momentum, so a threshold below twice
+            the momentum freezes weights that have oscillated once or twice.
+        max_bits: Only weights of at most this many bits are frozen.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 0.04,
+        final_threshold: float | None = None,
+        *,
+        anneal_start: float = 0.25,
+        momentum: float | None = None,
+        max_bits: int = 4,
+    ) -> None:
+        super().__init__(momentum, max_bits)
+        check_number("threshold", threshold, low=0.0, high=1.0, low_open=True)
+        if final_threshold is not None:
+            check_number("final_threshold", final_threshold, low=0.0, high=1.0, low_open=True)
+        check_share("anneal_start", anneal_start)
+        self.threshold = threshold
+        self.final_threshold = threshold if final_threshold is None else final_threshold
+        self.anneal_start = anneal_start
+        self._schedule: Schedule = constant(threshold)
+        self._first_step = 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Agree on the momentum, and compare the threshold with it."""
+        super().setup(trainer, pl_module, stage)
+        lowest = min(self.threshold, self.final_threshold)
+        if stage == "fit" and lowest < 2.0 * self._momentum:
+            rank_zero_warn(
+                f"IterativeFreezing's lowest threshold {lowest} is below twice the momentum {self._momentum}: one "
+                "oscillation lifts a frequency of 0 to the momentum, so a weight freezes after one or two of them, "
+                "oscillating or not. Raise the threshold, or lower the momentum to average over more steps."
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hook the optimizers, and lay the schedule over the run."""
+        super().on_fit_start(trainer, pl_module)
+        self._schedule = run_schedule(
+            trainer, "The freezing threshold", self.threshold, self.final_threshold, self.anneal_start
+        )
+        annealed = self.threshold != self.final_threshold
+        self._first_step = self.anneal_start * trainer.estimated_stepping_batches if annealed else 0.0
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Hand the gradient of frozen weights on to their scale."""
+        for _, weight, q in owned_by(optimizer, pl_module, self.max_bits):
+            if q.oscillation is not None and weight.grad is not None and q.scale.grad is not None:
+                add_frozen_scale_gradient(q.oscillation, weight.grad, q.scale.grad)
+
+    def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        super()._after_step(trainer, pl_module, optimizer)
+        step = trainer.global_step
+        for _, weight, q in owned_by(optimizer, pl_module, self.max_bits):
+            state = q.start_tracking(weight)
+            if step >= self._first_step:
+                state.freeze(self._schedule(step))
+            state.hold_frozen(weight, q.scale)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the threshold of the last step."""
+        if is_log_step(trainer):
+            pl_module.log("oscillation/freeze_threshold", self._schedule(max(0, trainer.global_step - 1)))
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hold frozen weights also where another callback has just swapped in averaged ones."""
+        self._hold(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hold frozen weights also where another callback has just swapped in averaged ones."""
+        self._hold(pl_module)
+
+    def _hold(self, pl_module: pl.LightningModule) -> None:
+        for _, weight, q in quantized_weights(pl_module, self.max_bits):
+            if q.oscillation is not None:
+                q.oscillation.hold_frozen(weight, q.scale)

@@ -1,0 +1,106 @@
+"""OscillationDampening: pulls latent weights towards the centres of their bins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.optim import Optimizer
+
+from lightning_qat_osc.callbacks._oscillation import (
+    check_number,
+    check_share,
+    is_log_step,
+    owned_by,
+    require_quantization,
+    run_schedule,
+)
+from lightning_qat_osc.config import check_choice
+from lightning_qat_osc.regularizers import Aggregation, dampening_gradient, dampening_loss
+from lightning_qat_osc.schedules import Schedule, constant
+from lightning_qat_osc.surgery import quantized_weights
+
+__all__ = ["OscillationDampening"]
+
+
+class OscillationDampening(pl.Callback):
+    r"""Adds the gradient of the dampening loss to the weights' (Nagel et al., arXiv 2203.11086, Sec. 4.2).
+
+    :math:`L = L_{task} + \lambda \| w_q - \mathrm{clip}(w, s n, s p) \|_F^2`. The gradient is added in closed form
+    before each optimizer step: once a step under gradient accumulation, inside clipping, the same on every rank. The
+    module's own loss and its logging stay as they are.
+
+    Logs ``oscillation/dampening_weight``, which is lambda, and ``oscillation/dampening_loss``, without lambda.
+
+    Args:
+        final_weight: Lambda at the end of the run, at least 0. The paper's table 4 has 1e-4 to 1e-2 for "sum".
+        initial_weight: Lambda at the start, at least 0; annealed from there along half a cosine.
+        anneal_start: Share of the run at which annealing begins, in [0, 1).
+        aggregation: Over a layer's weights: "sum", the paper's Frobenius norm; "mean"; or "kernel_mean", the authors'
+            ``sum(0).mean()``, to which their lambda of 0.1 belongs. The layers' losses are added up.
+        max_bits: Only weights of at most this many bits are dampened.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        final_weight: float = 1e-2,
+        *,
+        initial_weight: float = 0.0,
+        anneal_start: float = 0.25,
+        aggregation: Aggregation = "sum",
+        max_bits: int = 4,
+    ) -> None:
+        super().__init__()
+        check_number("final_weight", final_weight, low=0.0)
+        check_number("initial_weight", initial_weight, low=0.0)
+        check_share("anneal_start", anneal_start)
+        check_choice("aggregation", aggregation, Aggregation)
+        check_number("max_bits", max_bits, low=2, high=8)
+        self.final_weight = final_weight
+        self.initial_weight = initial_weight
+        self.anneal_start = anneal_start
+        self.aggregation = aggregation
+        self.max_bits = max_bits
+        self._schedule: Schedule = constant(final_weight)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check that there will be something to dampen."""
+        require_quantization(trainer, self)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lay the schedule over the run."""
+        self._schedule = run_schedule(
+            trainer, "The dampening weight", self.initial_weight, self.final_weight, self.anneal_start
+        )
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Add lambda times the gradient to that of the weights which this optimizer is about to move."""
+        dampening_weight = self._schedule(trainer.global_step)
+        if dampening_weight == 0.0:
+            return
+        for _, weight, q in owned_by(optimizer, pl_module, self.max_bits):
+            if weight.grad is not None:
+                gradient = dampening_gradient(weight, q.scale, q.quant_min, q.quant_max, self.aggregation)
+                weight.grad.add_(gradient, alpha=dampening_weight)
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log lambda of the last step and the loss after it."""
+        if not is_log_step(trainer):
+            return
+        last_step = max(0, trainer.global_step - 1)
+        losses = [
+            dampening_loss(weight, q.scale, q.quant_min, q.quant_max, self.aggregation)
+            for _, weight, q in quantized_weights(pl_module, self.max_bits)
+        ]
+        pl_module.log("oscillation/dampening_weight", self._schedule(last_step))
+        if losses:
+            pl_module.log("oscillation/dampening_loss", torch.stack(losses).sum())

@@ -1,0 +1,266 @@
+"""QuantizationAwareTraining: quantizers go in before optimizers exist, ranges before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_qat_osc.calibration import Calibrator
+from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
+from lightning_qat_osc.callbacks._scale_updates import ScaleUpdates
+from lightning_qat_osc.callbacks._training_passes import (
+    ForwardFn,
+    can_run_training_step,
+    training_batches,
+    training_pass,
+    without_side_effects,
+)
+from lightning_qat_osc.config import LayerRule, QuantConfig
+from lightning_qat_osc.plan import format_plan, quantization_plan
+from lightning_qat_osc.quantizers import Granularity
+from lightning_qat_osc.ranges import RangeMethod
+from lightning_qat_osc.surgery import quantizable_layers, quantize_model, quantized_layers, unquantized_layers
+
+__all__ = ["QuantizationAwareTraining"]
+
+
+class QuantizationAwareTraining(pl.Callback):
+    """Trains any LightningModule with simulated quantization of its weights and activations (LSQ, arXiv 1902.08153).
+
+    In ``setup``, before optimizers exist, each Conv, ConvTranspose, Linear and Embedding layer gets a weight quantizer,
+    and each but Embedding an input quantizer. Weights are symmetric; inputs unsigned where calibration saw nothing
+    negative, else asymmetric. Before the first step the ranges are set from a few training batches, run in evaluation
+    mode; the first and last layer are found by the order in which these execute the layers. The scales are then learned
+    with an Adam of their own, without weight decay, inside the step of whatever optimizer the module configures.
+
+    Put it first among the callbacks of this package, and before callbacks that copy the model in ``setup``, such as
+    WeightAveraging. Under manual optimization, without ``forward_fn``, the ranges come from the first
+    ``calibration_batches`` training steps themselves, which run in full precision.
+
+    Args:
+        weight_bits: Bits of the weights, 2 to 8. None leaves them in full precision.
+        activation_bits: Bits of the layers' inputs, 2 to 8. None leaves them in full precision.
+        first_last_bits: Bits of the first and last layer; the first layer's input stays in full precision, as in
+            the paper. None treats both like the rest, inputs included.
+        weight_granularity: "per_tensor", or "per_channel" for one weight scale per output channel.
+        weight_range: How weight ranges are initialised: "mse" (least squared error), "minmax", "percentile" (0.1th to
+            99.9th) or "lsq" (2 mean|w| / sqrt(quant_max)).
+        activation_range: How activation ranges are initialised, likewise.
+        rules: Exceptions by layer name or type; they hold for the first and last layer as well.
+        calibration_batches: Training batches from which activation ranges are initialised.
+        scale_learning_rate: Learning rate of the scales' Adam, constant. The paper's authors use 1e-5 for long ImageNet
+            runs; short runs want more.
+        print_plan: Print the plan (layer, type, shape, bits, ranges) before the first step.
+        plan_path: File to write the plan to, as YAML, before the first step.
+        forward_fn: Runs the network on a batch, given the LightningModule and the batch, where its ``training_step``
+            cannot be run on its own. In YAML, the import path of a function.
+
+    Raises:
+        TypeError: If a bit width is not an integer.
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        weight_bits: int | None = 4,
+        activation_bits: int | None = 4,
+        *,
+        first_last_bits: int | None = 8,
+        weight_granularity: Granularity = "per_tensor",
+        weight_range: RangeMethod = "mse",
+        activation_range: RangeMethod = "mse",
+        rules: Sequence[LayerRule] = (),
+        calibration_batches: int = 4,
+        scale_learning_rate: float = 1e-5,
+        print_plan: bool = False,
+        plan_path: str | None = None,
+        forward_fn: ForwardFn | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = QuantConfig(
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            first_last_bits=first_last_bits,
+            weight_granularity=weight_granularity,
+            weight_range=weight_range,
+            activation_range=activation_range,
+            rules=tuple(rules),
+        )
+        if calibration_batches < 1:
+            raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}")
+        if not scale_learning_rate >= 0.0:
+            raise ValueError(f"scale_learning_rate must be at least 0, got {scale_learning_rate}")
+        self.calibration_batches = calibration_batches
+        self.scale_learning_rate = scale_learning_rate
+        self.print_plan = print_plan
+        self.plan_path = plan_path
+        self.forward_fn = forward_fn
+        self._step_hooks = OptimizerStepHooks()
+        self._scale_updates: ScaleUpdates | None = None
+        self._saved_scale_updates: list[dict[str, Any]] | None = None
+        self._watching: tuple[Calibrator, ExitStack] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Insert the quantizers, unless they are in already."""
+        others = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            raise MisconfigurationException(f"one QuantizationAwareTraining per Trainer, got {len(others)}")
+        if stage == "fit":
+            self._scale_updates = None
+        if quantizable_layers(pl_module):
+            quantize_model(pl_module, self.config)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take over the updates of the scales."""
+        missing = unquantized_layers(pl_module, self.config)
+        if missing or not quantized_layers(pl_module):
+            which = f"layers {', '.join(missing[:5])} have" if missing else "this module has"
+            raise MisconfigurationException(
+                f"{which} no quantizers, because they were made after Callback.setup: call "
+                "lightning_qat_osc.quantize_model(self, QuantConfig(...)) at the end of configure_model."
+            )
+        self._scale_updates = ScaleUpdates(list(trainer.optimizers), pl_module, self.scale_learning_rate)
+        if self._saved_scale_updates is not None:
+            self._scale_updates.load_state_dict(self._saved_scale_updates)
+            self._saved_scale_updates = None
+        self._step_hooks.attach(trainer, self._scale_updates.after_step)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Initialise the ranges, unless a checkpoint brought them."""
+        if all(q.calibrated for q in _quantizers(pl_module)):
+            return
+        calibrator = Calibrator(pl_module, self.config)
+        if self.forward_fn is None and not can_run_training_step(pl_module):
+            watching = ExitStack()
+            watching.enter_context(calibrator.observe())
+            self._watching = calibrator, watching
+            return
+        forward = training_pass(trainer, pl_module, self.forward_fn)
+        batches = 0
+        with without_side_effects(trainer, pl_module), calibrator.observe():
+            for batch in training_batches(trainer, pl_module, self.calibration_batches):
+                forward(batch)
+                batches += 1
+        if batches == 0:
+            raise MisconfigurationException("there is no training batch to initialise activation ranges from")
+        self._finish_calibration(calibrator, pl_module)
+
+    def _finish_calibration(self, calibrator: Calibrator, pl_module: pl.LightningModule) -> None:
+        for word in calibrator.finish():
+            rank_zero_warn(word)
+        plan = quantization_plan(pl_module)
+        if self.print_plan:
+            rank_zero_info(format_plan(plan))
+        if self.plan_path is not None:
+            _write_yaml(self.plan_path, [asdict(line) for line in plan])
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Remember the scales: the user's optimizer is not to move them."""
+        if self._scale_updates is not None:
+            self._scale_updates.before_step(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Under manual optimization: initialise the ranges once enough steps have been watched."""
+        if self._watching is not None and batch_idx + 1 >= self.calibration_batches:
+            self._stop_watching(pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Under manual optimization: an epoch shorter than ``calibration_batches`` has to do."""
+        self._stop_watching(pl_module)
+
+    def _stop_watching(self, pl_module: pl.LightningModule) -> None:
+        if self._watching is not None:
+            calibrator, watching = self._watching
+            self._watching = None
+            watching.close()
+            self._finish_calibration(calibrator, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the evaluation is one in full precision."""
+        if not trainer.sanity_checking:
+            self._say_if_uncalibrated(pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the evaluation is one in full precision."""
+        self._say_if_uncalibrated(pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the predictions are made in full precision."""
+        self._say_if_uncalibrated(pl_module)
+
+    def _say_if_uncalibrated(self, pl_module: pl.LightningModule) -> None:
+        if not any(q.calibrated for q in _quantizers(pl_module)):
+            rank_zero_warn(
+                "The quantizers have no ranges yet, so this runs in full precision: fit, or load a checkpoint."
+            )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the optimizers."""
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizers and of the layers."""
+        self._release()
+
+    def _release(self) -> None:
+        self._step_hooks.detach()
+        if self._watching is not None:
+            self._watching[1].close()
+            self._watching = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The configuration, and the state of the scales' Adam. The ranges are in the module's state."""
+        updates = self._scale_updates
+        return {
+            "config": _plain(self.config),
+            "scale_updates": self._saved_scale_updates if updates is None else updates.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the scales' Adam, if the checkpoint is one of the same configuration.
+
+        Raises:
+            ValueError: If it is not; the message says what differs.
+        """
+        saved, own = state_dict["config"], _plain(self.config)
+        if saved != own:
+            differing = [
+                f"{k}: {saved.get(k)!r} in the checkpoint, {own[k]!r} here" for k in own if saved.get(k) != own[k]
+            ]
+            raise ValueError(f"the checkpoint is of another quantization: {'; '.join(differing)}")
+        if self._scale_updates is None:
+            self._saved_scale_updates = state_dict["scale_updates"]
+        elif state_dict["scale_updates"] is not None:
+            self._scale_updates.load_state_dict(state_dict["scale_updates"])
+
+
+def _quantizers(pl_module: pl.LightningModule) -> list[Any]:
+    """Quantizers that have or wait for a range."""
+    layers = quantized_layers(pl_module).values()
+    both = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer)]
+    return [q for q in both if q is not None and q.bits is not None]
+
+
+def _plain(config: QuantConfig) -> dict[str, Any]:
+    """A configuration as it comes back from a file."""
+    return {**asdict(config), "rules": [asdict(rule) for rule in config.rules]}
+
+
+@rank_zero_only
+def _write_yaml(path: str, lines: list[dict[str, Any]]) -> None:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(yaml.safe_dump(lines, sort_keys=False), encoding="utf-8")

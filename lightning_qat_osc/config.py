@@ -1,0 +1,116 @@
+"""What to quantize, and to how many bits: plain dataclasses that read the same in Python and in YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from lightning_qat_osc.quantizers import Granularity
+from lightning_qat_osc.ranges import RangeMethod
+
+__all__ = ["Bits", "LayerRule", "QuantConfig"]
+
+Bits = int | None | Literal["default"]
+"""A width of 2 to 8, None for full precision, or "default" for what the rest of the model has."""
+
+
+def check_bits(name: str, value: object, *, default_allowed: bool = False) -> None:
+    """Refuse a bit width that is none.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is outside 2 to 8.
+    """
+    if value is None or (default_allowed and value == "default"):
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer from 2 to 8 or None, got {value!r}")
+    if not 2 <= value <= 8:
+        raise ValueError(f"{name} must be from 2 to 8, got {value}")
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Refuse a value that is not one of a Literal's.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Bits for the layers that it names, in place of the model's and of those of the first and last layer.
+
+    Args:
+        pattern: Layer names with the wildcards ``*``, ``?`` and ``[...]``, such as ``features.*``; None matches every name.
+        layer_type: Name of the layers' class or of one it derives from, such as ``Conv2d``; None matches every type.
+        weight_bits: Bits of the weights, 2 to 8; None leaves them in full precision; "default": as the rest.
+        activation_bits: Bits of the inputs, likewise. Both None leaves the layer as it is.
+
+    Raises:
+        TypeError: If a bit width is not an integer.
+        ValueError: If a bit width is out of range, neither a pattern nor a type is given, or the rule sets nothing.
+    """
+
+    pattern: str | None = None
+    layer_type: str | None = None
+    weight_bits: Bits = "default"
+    activation_bits: Bits = "default"
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if self.pattern is None and self.layer_type is None:
+            raise ValueError("a LayerRule needs a pattern or a layer_type, got neither")
+        if self.weight_bits == "default" and self.activation_bits == "default":
+            raise ValueError(f"a LayerRule must set weight_bits or activation_bits, got {self}")
+        check_bits("LayerRule.weight_bits", self.weight_bits, default_allowed=True)
+        check_bits("LayerRule.activation_bits", self.activation_bits, default_allowed=True)
+
+    def matches(self, name: str, layer_class: type) -> bool:
+        """Whether the rule holds for a layer of this name and class."""
+        if self.pattern is not None and not fnmatchcase(name, self.pattern):
+            return False
+        return self.layer_type is None or self.layer_type in {c.__name__ for c in layer_class.__mro__}
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How a model is quantized.
+
+    Args:
+        weight_bits: Bits of the weights, 2 to 8; None leaves them in full precision.
+        activation_bits: Bits of the layers' inputs, 2 to 8; None leaves them in full precision.
+        first_last_bits: Bits of the first and the last layer that a forward pass executes; the first layer's input stays
+            in full precision. None: like the rest, input included.
+        weight_granularity: One weight scale per tensor, or one per output channel.
+        weight_range: How weight ranges are initialised.
+        activation_range: How activation ranges are initialised.
+        rules: Exceptions by layer name or type.
+
+    Raises:
+        TypeError: If a bit width is not an integer.
+        ValueError: If a bit width is out of range, a choice is unknown, or there is nothing to quantize.
+    """
+
+    weight_bits: int | None = 4
+    activation_bits: int | None = 4
+    first_last_bits: int | None = 8
+    weight_granularity: Granularity = "per_tensor"
+    weight_range: RangeMethod = "mse"
+    activation_range: RangeMethod = "mse"
+    rules: tuple[LayerRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        for name in ("weight_bits", "activation_bits", "first_last_bits"):
+            check_bits(name, getattr(self, name))
+        check_choice("weight_granularity", self.weight_granularity, Granularity)
+        check_choice("weight_range", self.weight_range, RangeMethod)
+        check_choice("activation_range", self.activation_range, RangeMethod)
+        if self.weight_bits is None and self.activation_bits is None and not self.rules:
+            raise ValueError(
+                "weight_bits and activation_bits are both None and there are no rules: nothing to quantize"
+            )

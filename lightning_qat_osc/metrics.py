@@ -1,0 +1,99 @@
+"""The figures of oscillation as torchmetrics Metrics, distributed reduction included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_qat_osc.oscillation import OscillationState
+
+__all__ = ["SQNR", "FrozenShare", "OscillatingShare", "OscillationFrequency"]
+
+
+class _MeanOverWeights(Metric):
+    """Mean over the weights of something that each weight has, for each layer and in total.
+
+    Args:
+        layers: Names of the layers, the keys of what :meth:`update` is given.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        super().__init__()
+        self.layers = list(layers)
+        self.add_state("sums", torch.zeros(len(self.layers), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(self.layers), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _sum(self, state: OscillationState) -> Tensor:
+        raise NotImplementedError
+
+    def update(self, states: Mapping[str, OscillationState]) -> None:
+        """Add the states of :func:`~lightning_qat_osc.oscillation_states`; under FSDP, each rank its shard."""
+        sums = torch.stack([self._sum(states[name]).to(self.sums.dtype) for name in self.layers])
+        self.sums += sums.to(self.sums.device)
+        self.counts += torch.tensor([states[name].frequency.numel() for name in self.layers]).to(self.counts.device)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Layer name -> mean over its weights, and ``""`` -> mean over all weights."""
+        means = (self.sums / self.counts).float()
+        total = (self.sums.sum() / self.counts.sum()).float()
+        return {"": total, **dict(zip(self.layers, means.unbind()))}
+
+
+class OscillationFrequency(_MeanOverWeights):
+    """Mean oscillation frequency f, in oscillations per optimizer step (arXiv 2203.11086, Sec. 4.1)."""
+
+    def _sum(self, state: OscillationState) -> Tensor:
+        return state.frequency.sum(dtype=torch.float64)
+
+
+class OscillatingShare(_MeanOverWeights):
+    """Share of the weights that oscillate: "Osc. %" of arXiv 2203.11086, divided by 100.
+
+    Args:
+        layers: Names of the layers.
+        threshold: Frequency above which a weight counts as oscillating; the paper's 0.005 if not given.
+    """
+
+    def __init__(self, layers: Sequence[str], threshold: float = 0.005) -> None:
+        super().__init__(layers)
+        self.threshold = threshold
+
+    def _sum(self, state: OscillationState) -> Tensor:
+        return (state.frequency > self.threshold).sum()
+
+
+class FrozenShare(_MeanOverWeights):
+    """Share of the weights that iterative freezing has frozen (arXiv 2203.11086, Sec. 4.3)."""
+
+    def _sum(self, state: OscillationState) -> Tensor:
+        return state.frozen.sum()
+
+
+class SQNR(Metric):
+    r"""Signal-to-quantization-noise ratio in dB, :math:`10 \log_{10} (\sum x^2 / \sum (x - x_q)^2)`."""
+
+    full_state_update = False
+    higher_is_better = True
+    signal: Tensor
+    noise: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("signal", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("noise", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, x: Tensor, x_q: Tensor) -> None:
+        """Add values and their quantized form, of one shape."""
+        self.signal += x.square().sum(dtype=torch.float64)
+        self.noise += (x - x_q).square().sum(dtype=torch.float64)
+
+    def compute(self) -> Tensor:
+        """Decibels; infinite where nothing was lost."""
+        return (10.0 * torch.log10(self.signal / self.noise)).float()

@@ -1,0 +1,78 @@
+"""The quantization plan: what is quantized, and how, as a table for people and as data for YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_qat_osc.quantizers import float_class
+from lightning_qat_osc.surgery import quantized_layers
+
+__all__ = ["LayerPlan", "format_plan", "quantization_plan"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One line of the quantization plan.
+
+    Attributes:
+        layer: Name of the layer.
+        type: Its class.
+        shape: Shape of its weight.
+        weight_bits: Bits of the weight, None for full precision.
+        weight_scale: Its scale; the mean of the scales per channel.
+        activation_bits: Bits of the input, None for full precision.
+        activation_scale: Its scale.
+        activation_range: The smallest and the largest input on the grid.
+    """
+
+    layer: str
+    type: str
+    shape: list[int]
+    weight_bits: int | None
+    weight_scale: float | None
+    activation_bits: int | None
+    activation_scale: float | None
+    activation_range: list[float] | None
+
+
+def quantization_plan(module: nn.Module) -> list[LayerPlan]:
+    """What is quantized, and how, in the order of the model's layers."""
+    lines = []
+    for name, layer in quantized_layers(module).items():
+        w, x = layer.weight_quantizer, layer.input_quantizer
+        w = w if w is not None and w.active else None
+        x = x if x is not None and x.active else None
+        scale = None if x is None else x.scale.item()
+        lines.append(
+            LayerPlan(
+                layer=name,
+                type=float_class(layer).__name__,
+                shape=list(layer.weight.shape),
+                weight_bits=None if w is None else w.bits,
+                weight_scale=None if w is None else w.scale.detach().mean().item(),
+                activation_bits=None if x is None else x.bits,
+                activation_scale=scale,
+                activation_range=None
+                if x is None or scale is None
+                else [(x.quant_min - x.zero_point) * scale, (x.quant_max - x.zero_point) * scale],
+            )
+        )
+    return lines
+
+
+def format_plan(plan: list[LayerPlan]) -> str:
+    """A quantization plan as a table for people."""
+
+    def text(value: float | int | None, form: str = "") -> str:
+        return "full" if value is None else format(value, form)
+
+    rows = [("layer", "type", "weight", "W bits", "W scale", "A bits", "A range")]
+    for p in plan:
+        reach = "" if p.activation_range is None else f"[{p.activation_range[0]:.3g}, {p.activation_range[1]:.3g}]"
+        scale = "" if p.weight_scale is None else f"{p.weight_scale:.3g}"
+        shape = "x".join(map(str, p.shape))
+        rows.append((p.layer, p.type, shape, text(p.weight_bits), scale, text(p.activation_bits), reach))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -1,0 +1,148 @@
+"""Range initialisation: the scale that a grid starts from, estimated from weights or observed activations.
+
+Every estimator takes values of shape ``[G, n]``, one row for each scale (a single row per tensor, one row a channel), and
+works on all rows at once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["RangeMethod", "activation_grid", "estimate_scale"]
+
+RangeMethod = Literal["mse", "minmax", "percentile", "lsq"]
+"""``mse``: least squared error. ``minmax``: nothing is clipped. ``percentile``: from the 0.1th to the 99.9th.
+``lsq``: ``2 mean|x| / sqrt(quant_max)``."""
+
+_TAIL = 0.001  # what the percentile range leaves out at each end
+_HISTOGRAM_BINS = 2048
+_COARSE, _FINE = 40, 16  # candidates of the MSE search
+
+
+class _Weighted(NamedTuple):
+    """Values that each stand for a number of elements, in ascending order: ``values`` and ``counts`` are [G, m]."""
+
+    values: Tensor
+    counts: Tensor
+
+
+def _compress(x: Tensor) -> _Weighted:
+    """Long rows as a histogram of their bins' centres, short ones as their sorted elements. x: [G, n]."""
+    groups, n = x.shape
+    if n <= _HISTOGRAM_BINS:
+        return _Weighted(x.sort(dim=1).values, torch.ones_like(x))
+    low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+    width = (high - low).clamp_min(torch.finfo(x.dtype).tiny) / _HISTOGRAM_BINS
+    index = ((x - low) / width).to(torch.int64).clamp_(0, _HISTOGRAM_BINS - 1)
+    index += _HISTOGRAM_BINS * torch.arange(groups, device=x.device).unsqueeze(1)
+    counts = torch.bincount(index.flatten(), minlength=groups * _HISTOGRAM_BINS).view(groups, -1)
+    centres = low + width * (torch.arange(_HISTOGRAM_BINS, device=x.device) + 0.5)
+    return _Weighted(centres, counts.to(x.dtype))
+
+
+def _percentiles(weighted: _Weighted, tail: float) -> tuple[Tensor, Tensor]:
+    """The values below and above which a share ``tail`` of the elements lies, each [G]."""
+    cumulative = weighted.counts.cumsum(dim=1)
+    total = cumulative[:, -1:]
+    last = weighted.values.shape[1] - 1
+    low = torch.searchsorted(cumulative, tail * total).clamp_(max=last)
+    high = torch.searchsorted(cumulative, (1.0 - tail) * total).clamp_(max=last)
+    return weighted.values.gather(1, low).squeeze(1), weighted.values.gather(1, high).squeeze(1)
+
+
+def _covering_scale(low: Tensor, high: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """The smallest scale whose grid reaches from ``low`` to ``high``, each [G]."""
+    scale = high / quant_max if quant_max > 0 else torch.zeros_like(high)
+    return torch.maximum(scale, low / quant_min) if quant_min < 0 else scale
+
+
+def _mse(weighted: _Weighted, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Sum of squared quantization errors of each row. scale: [G]."""
+    s = scale.unsqueeze(1)
+    error = (weighted.values / s).round_().clamp_(quant_min, quant_max).mul_(s).sub_(weighted.values)
+    return (error.square_() * weighted.counts).sum(dim=1)
+
+
+def _mse_scale(weighted: _Weighted, covering: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Search the scale of least squared error among shares of the covering one, coarsely and then around the best."""
+    best_share = torch.ones_like(covering)
+    best_error = torch.full_like(covering, torch.inf)
+
+    def consider(share: Tensor) -> None:
+        nonlocal best_share, best_error
+        error = _mse(weighted, covering * share, quant_min, quant_max)
+        better = error < best_error
+        best_share = torch.where(better, share, best_share)
+        best_error = torch.where(better, error, best_error)
+
+    for k in range(1, _COARSE + 1):
+        consider(torch.full_like(covering, k / _COARSE))
+    coarse_share = best_share
+    for k in range(1, _FINE + 1):
+        consider(coarse_share + (2.0 * k / (_FINE + 1) - 1.0) / _COARSE)
+    return covering * best_share
+
+
+@torch.no_grad()
+def estimate_scale(x: Tensor, quant_min: int, quant_max: int, method: RangeMethod = "mse") -> Tensor:
+    """Estimate the scale of each row of values for a given grid.
+
+    Args:
+        x: Finite values, [G, n], not all 0 in any row.
+        quant_min: Smallest integer less the zero point, at most 0.
+        quant_max: Largest integer less the zero point, at least 0.
+        method: ``mse`` searches for the least squared error (the paper's choice, arXiv 2203.11086, Sec. 5.1);
+            ``minmax`` covers every value; ``percentile`` covers those from the 0.1th to the 99.9th percentile; ``lsq`` is
+            2 mean|x| / sqrt(quant_max) (arXiv 1902.08153, Sec. 2.1).
+
+    Returns:
+        Positive scales, [G].
+
+    Raises:
+        ValueError: If the method is unknown.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    smallest = torch.finfo(torch.float32).tiny
+    covering = _covering_scale(x.amin(dim=1), x.amax(dim=1), quant_min, quant_max).clamp_min(smallest)
+    if method == "minmax":
+        return covering
+    if method == "lsq":
+        return (2.0 * x.abs().mean(dim=1) / math.sqrt(max(quant_max, 1))).clamp_min(smallest)
+    if method == "percentile":
+        scale = _covering_scale(*_percentiles(_compress(x), _TAIL), quant_min, quant_max)
+        return torch.where(scale > smallest, scale, covering)  # more than 99.9 % zeros
+    if method == "mse":
+        return _mse_scale(_compress(x), covering, quant_min, quant_max)
+    raise ValueError(f"method must be 'mse', 'minmax', 'percentile' or 'lsq', got {method=}")
+
+
+@torch.no_grad()
+def activation_grid(x: Tensor, low: float, high: float, bits: int, method: RangeMethod = "mse") -> tuple[int, int, int]:
+    """Choose the integers for an activation: unsigned where it is non-negative, else with a zero point.
+
+    Args:
+        x: A sample of the finite values, 1-dimensional.
+        low: Smallest value observed.
+        high: Largest value observed.
+        bits: Width of the integers.
+        method: ``minmax`` sets the zero point from ``low`` and ``high``; the others from the 0.1th and 99.9th percentile,
+            so that one outlier does not take the grid from one side.
+
+    Returns:
+        ``(quant_min, quant_max, zero_point)``, with ``quant_min`` 0: the zero point is 0 where nothing below 0 was seen.
+    """
+    quant_max = 2**bits - 1
+    if low >= 0.0:
+        return 0, quant_max, 0
+    if method != "minmax":
+        low_tail, high_tail = _percentiles(_compress(x.float().unsqueeze(0)), _TAIL)
+        if low_tail < high_tail:
+            low, high = low_tail.item(), high_tail.item()
+    low, high = min(low, 0.0), max(high, 0.0)
+    # at least one integer below 0 and, where anything above it was seen, one above
+    zero_point = min(max(round(-low / (high - low) * quant_max), 1), quant_max - 1 if high > 0.0 else quant_max)
+    return 0, quant_max, zero_point
