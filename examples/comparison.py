@@ -161,7 +161,9 @@ def _trainer(**arguments: Any) -> L.Trainer:
     )
 
 
-def pretrain(network: nn.Module, data: Images, *, epochs: int, learning_rate: float, seed: int = 0) -> tuple[nn.Module, float]:
+def pretrain(
+    network: nn.Module, data: Images, *, epochs: int, learning_rate: float, seed: int = 0
+) -> tuple[nn.Module, float]:
     """Train a network in full precision.
 
     Returns:
@@ -205,11 +207,13 @@ def _read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def train_quantized(
-    network: nn.Module, data: Images, setting: Setting, method: str, *, seed: int, output: Path
+    network: nn.Module, data: Images, setting: Setting, method: str, *, seed: int, output: Path, compiled: bool = False
 ) -> Result:
     """Train a copy of a network with quantization, and evaluate it before and after batch-norm re-estimation."""
     L.seed_everything(seed, verbose=False)
     module = Classifier(deepcopy(network), setting.learning_rate)
+    if compiled:
+        module.network.compile()
     name = f"{setting.name}-{method}-{seed}"
     csv_logger = CSVLogger(output, name="csv", version=name)
     trainer = _trainer(
@@ -222,7 +226,9 @@ def train_quantized(
     trainer.fit(module, data)
     seconds = time.perf_counter() - start
     before = trainer.validate(module, data, verbose=False)[0]["val_accuracy"]
-    evaluation = _trainer(callbacks=[_callbacks(setting, "LSQ")[0], BatchNormReestimation(num_batches=50)], logger=False)
+    evaluation = _trainer(
+        callbacks=[_callbacks(setting, "LSQ")[0], BatchNormReestimation(num_batches=50)], logger=False
+    )
     after = evaluation.validate(module, data, verbose=False)[0]["val_accuracy"]
     states = oscillation_states(module)
     oscillating, frozen = OscillatingShare(list(states)), FrozenShare(list(states))
@@ -254,13 +260,14 @@ def compare(
     output: Path,
     report: Callable[[Result], None],
     methods: Sequence[str] = METHODS,
+    compiled: bool = False,
 ) -> list[Result]:
     """All methods, settings and seeds, one after another; ``report`` hears of each as it ends."""
     results = []
     for setting in settings:
         for method in methods:
             for seed in seeds:
-                result = train_quantized(network, data, setting, method, seed=seed, output=output)
+                result = train_quantized(network, data, setting, method, seed=seed, output=output, compiled=compiled)
                 report(result)
                 results.append(result)
     return results
@@ -280,7 +287,9 @@ def table(results: Sequence[Result]) -> str:
     ]
     for key in dict.fromkeys((r.setting, r.method) for r in results):
         runs = [r for r in results if (r.setting, r.method) == key]
-        columns = [_mean_spread([getattr(r, name) for r in runs]) for name in ("before", "after", "oscillating", "frozen")]
+        columns = [
+            _mean_spread([getattr(r, name) for r in runs]) for name in ("before", "after", "oscillating", "frozen")
+        ]
         loss = _mean_spread([r.train_loss for r in runs], 4)
         seconds = f"{sum(r.seconds for r in runs) / len(runs):.0f}"
         lines.append(f"| {' | '.join([*key, *columns, loss, seconds])} |")

@@ -29,8 +29,8 @@ def batch_norm_divergence(mean: Tensor, var: Tensor, running_mean: Tensor, runni
     .. math::
         D(p \| q) = \log \frac{\sigma_2}{\sigma_1} + \frac{\sigma_1^2 + (\mu_1 - \mu_2)^2}{2 \sigma_2^2} - \frac{1}{2}
 
-    Source: Nagel et al., arXiv 2203.11086, Sec. 2.3.1, whose footnote prints the logarithm of the variances' ratio: twice
-    the right term.
+    Source: Nagel et al., arXiv 2203.11086, Sec. 2.3.1, whose footnote prints the logarithm of the variances' ratio:
+    twice the right term.
 
     Args:
         mean: Mean of the population p, [C].
@@ -96,7 +96,9 @@ def _observe_batches(layers: list[_BatchNorm]) -> Iterator[list[_Moments]]:
             layer.reset_running_stats()  # a stale NaN would survive the multiplication by 0
 
             def collect(bn: nn.Module, args: tuple[Tensor, ...], output: Any, m: _Moments = m) -> None:
-                assert isinstance(bn, _BatchNorm) and bn.running_mean is not None and bn.running_var is not None
+                assert isinstance(bn, _BatchNorm)
+                assert bn.running_mean is not None
+                assert bn.running_var is not None
                 mean, var = bn.running_mean.to(m.mean.dtype), bn.running_var.to(m.mean.dtype)
                 count = output.numel() // output.shape[1]
                 if isinstance(bn, nn.SyncBatchNorm) and dist.is_initialized():
@@ -123,10 +125,10 @@ def reestimate_batch_norm(
     *,
     layers: dict[str, _BatchNorm] | None = None,
 ) -> dict[str, Tensor]:
-    r"""Set batch-norm statistics to the mean and variance over some batches (Nagel et al., arXiv 2203.11086, Sec. 2.3.1).
+    r"""Set batch-norm statistics to the mean and variance over some batches (arXiv 2203.11086, Sec. 2.3.1).
 
-    Each layer gets exactly the mean and the unbiased variance of everything that it normalised: those of the concatenated
-    batches, whatever their sizes, and of all ranks in a distributed run. The batch-norm layers see batch statistics
+    Each layer gets exactly the mean and the unbiased variance of everything that it normalised: those of the
+    concatenated batches, whatever their sizes, and of all ranks in a distributed run. The batch-norm layers see batch statistics
     during the passes, as in training; every other module runs in evaluation mode. Weights, other buffers, modes, and
     ``num_batches_tracked`` are as before, and so are the statistics of a layer that saw no batch. If a batch raises,
     nothing has changed.
@@ -161,7 +163,8 @@ def reestimate_batch_norm(
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     divergence = {}
     for (name, layer), moment in zip(layers.items(), moments):
-        assert layer.running_mean is not None and layer.running_var is not None
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
         if distributed and not isinstance(layer, nn.SyncBatchNorm):
             moment.merge_ranks()
         mean, var = moment.mean, moment.variance

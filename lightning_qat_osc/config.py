@@ -45,8 +45,8 @@ class LayerRule:
     """Bits for the layers that it names, in place of the model's and of those of the first and last layer.
 
     Args:
-        pattern: Layer names with the wildcards ``*``, ``?`` and ``[...]``, such as ``features.*``; None matches every name.
-        layer_type: Name of the layers' class or of one it derives from, such as ``Conv2d``; None matches every type.
+        pattern: Layer names with the wildcards ``*``, ``?`` and ``[...]``, such as ``features.*``. None: all.
+        layer_type: Name of the layers' class or of one it derives from, such as ``Conv2d``. None: all.
         weight_bits: Bits of the weights, 2 to 8; None leaves them in full precision; "default": as the rest.
         activation_bits: Bits of the inputs, likewise. Both None leaves the layer as it is.
 
@@ -83,8 +83,8 @@ class QuantConfig:
     Args:
         weight_bits: Bits of the weights, 2 to 8; None leaves them in full precision.
         activation_bits: Bits of the layers' inputs, 2 to 8; None leaves them in full precision.
-        first_last_bits: Bits of the first and the last layer that a forward pass executes; the first layer's input stays
-            in full precision. None: like the rest, input included.
+        first_last_bits: Bits of the first and the last layer that a forward pass executes; the first layer's input
+            stays in full precision. None: like the rest, input included.
         weight_granularity: One weight scale per tensor, or one per output channel.
         weight_range: How weight ranges are initialised.
         activation_range: How activation ranges are initialised.

@@ -46,11 +46,11 @@ class _LearnedStepSize(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         n, p = ctx.limits
         v = x / scale
-        inside = (v >= n) & (v <= p)
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        outside = (v < n) | (v > p)
+        grad_x = grad.masked_fill(outside, 0.0) if ctx.needs_input_grad[0] else None
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            dxq_ds = v.round().clamp_(n, p).sub_(v.masked_fill_(~inside, 0.0))
+            dxq_ds = v.round().clamp_(n, p).sub_(v.masked_fill_(outside, 0.0))
             grad_scale = dxq_ds.mul_(grad).sum_to_size(scale.shape)
         return grad_x, grad_scale, None, None
 

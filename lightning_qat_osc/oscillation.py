@@ -98,7 +98,7 @@ class OscillationState(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the module to another device, never to another dtype."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in _TENSORS:
             tensor: Tensor = getattr(self, name)
             moved = fn(tensor)
@@ -106,7 +106,7 @@ class OscillationState(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in _TENSORS:
             destination[prefix + name] = getattr(self, name)
 
@@ -137,9 +137,9 @@ def add_frozen_scale_gradient(state: OscillationState, weight_grad: Tensor, scal
 
     A frozen weight is :math:`w_q = s z` with z constant, so :math:`\partial w_q / \partial s = z` (Sec. 4.3). The
     forward pass knows nothing of that: its latent weight lies at s z, where LSQ gives round(v) - v = 0 and the
-    straight-through gradient g arrives in ``weight_grad``. What is missing in ``scale_grad`` is the sum of g z. Where s z
-    rounds to just outside the grid, g is 0 there and LSQ's own term is z already. The correction is linear in the
-    gradients, so it holds after accumulation, averaging over ranks and unscaling.
+    straight-through gradient g arrives in ``weight_grad``. What is missing in ``scale_grad`` is the sum of g z. Where
+    s z rounds to just outside the grid, g is 0 there and LSQ's own term is z already. The correction is linear in
+    the gradients, so it holds after accumulation, averaging over ranks and unscaling.
 
     Args:
         state: The weight's oscillation state.

@@ -92,12 +92,12 @@ class _Quantizer(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype.itemsize >= tensor.dtype.itemsize else tensor.to(moved.device)
 
-        return super()._apply(keep_precision, recurse)  # type: ignore[no-any-return]
+        return super()._apply(keep_precision, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load the quantizer if the checkpoint has it; a full-precision one leaves it to be calibrated."""
         if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class WeightQuantizer(_Quantizer):
@@ -215,26 +215,11 @@ class InputQuantizer(_Quantizer):
         self.set_range(estimate_scale(sample.reshape(1, -1), n, p, self.method), quant_min, quant_max, zero_point)
 
 
-class _ZeroGradient(torch.autograd.Function):
-    """Hands the first argument on, and a zero gradient to the others."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *idle: Tensor) -> Tensor:
-        """Return x."""
-        ctx.idle = idle
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
-        """Pass the gradient of x; zeros to the rest."""
-        return (grad_outputs[0], *(torch.zeros_like(t) for t in ctx.idle))
-
-
 class QuantizedLayer(nn.Module):
     """What :func:`quantized_class` adds to a layer's class: two child modules, and a forward that calls them.
 
-    The layer keeps its own parameters and their names, so that checkpoints of the float model load, and its own forward,
-    which sees the quantized weight where it reads ``self.weight``. Everyone else sees the latent weight.
+    The layer keeps its own parameters and their names, so that checkpoints of the float model load, and its own
+    forward, which sees the quantized weight where it reads ``self.weight``. Everyone else sees the latent weight.
 
     Attributes:
         weight: The latent weight.
@@ -257,10 +242,10 @@ class QuantizedLayer(nn.Module):
         weight = self.weight
         if self.weight_quantizer is not None:
             weight = cast(nn.Parameter, self.weight_quantizer(weight))
-        # DDP waits for a gradient of every parameter, also of a scale that is not in use
-        idle = [q.scale for q in (self.weight_quantizer, self.input_quantizer) if q is not None and not q.active]
-        if idle:
-            weight = _ZeroGradient.apply(weight, *idle)  # type: ignore[no-untyped-call]
+        for quantizer in (self.weight_quantizer, self.input_quantizer):
+            if quantizer is not None and not quantizer.active:
+                # DDP waits for a gradient of every parameter, also of a scale that is not in use: it gets 0
+                weight = cast(nn.Parameter, weight + 0.0 * quantizer.scale.sum())
         # an instance attribute comes before nn.Module's look-up of the parameter of that name
         self.__dict__["weight"] = weight
         try:
@@ -282,7 +267,7 @@ def quantized_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     Returns:
         The same class for the same argument.
     """
-    return _make_class(layer_class)
+    return _make_class(cast(Any, layer_class))
 
 
 @cache

@@ -1,7 +1,7 @@
 """Range initialisation: the scale that a grid starts from, estimated from weights or observed activations.
 
-Every estimator takes values of shape ``[G, n]``, one row for each scale (a single row per tensor, one row a channel), and
-works on all rows at once.
+Every estimator takes values of shape ``[G, n]``, one row for each scale (a single row per tensor, one row a channel),
+and works on all rows at once.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def estimate_scale(x: Tensor, quant_min: int, quant_max: int, method: RangeMetho
         quant_min: Smallest integer less the zero point, at most 0.
         quant_max: Largest integer less the zero point, at least 0.
         method: ``mse`` searches for the least squared error (the paper's choice, arXiv 2203.11086, Sec. 5.1);
-            ``minmax`` covers every value; ``percentile`` covers those from the 0.1th to the 99.9th percentile; ``lsq`` is
-            2 mean|x| / sqrt(quant_max) (arXiv 1902.08153, Sec. 2.1).
+            ``minmax`` covers every value; ``percentile`` covers those from the 0.1th to the 99.9th percentile; ``lsq``
+            is 2 mean|x| / sqrt(quant_max) (arXiv 1902.08153, Sec. 2.1).
 
     Returns:
         Positive scales, [G].
@@ -129,11 +129,11 @@ def activation_grid(x: Tensor, low: float, high: float, bits: int, method: Range
         low: Smallest value observed.
         high: Largest value observed.
         bits: Width of the integers.
-        method: ``minmax`` sets the zero point from ``low`` and ``high``; the others from the 0.1th and 99.9th percentile,
-            so that one outlier does not take the grid from one side.
+        method: ``minmax`` sets the zero point from ``low`` and ``high``; the others from the 0.1th and 99.9th
+            percentile, so that one outlier does not take the grid from one side.
 
     Returns:
-        ``(quant_min, quant_max, zero_point)``, with ``quant_min`` 0: the zero point is 0 where nothing below 0 was seen.
+        ``(quant_min, quant_max, zero_point)`` with ``quant_min`` 0; the zero point is 0 where nothing was negative.
     """
     quant_max = 2**bits - 1
     if low >= 0.0:

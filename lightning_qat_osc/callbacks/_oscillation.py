@@ -75,8 +75,8 @@ def run_schedule(trainer: pl.Trainer, what: str, initial_value: float, final_val
         steps *= len(trainer.optimizers)  # global_step counts the steps of all of them
     if not math.isfinite(steps):
         raise MisconfigurationException(
-            f"{what} is annealed over the run, whose number of optimizer steps is not known: set Trainer(max_steps=...), "
-            "or Trainer(max_epochs=..., limit_train_batches=...) for a loader without a length."
+            f"{what} is annealed over the run, whose number of optimizer steps is not known: set "
+            "Trainer(max_steps=...), or Trainer(max_epochs=..., limit_train_batches=...) for a loader without a length."
         )
     return cosine_anneal(initial_value, final_value, max(1, int(steps)), start)
 

@@ -19,8 +19,8 @@ _SMALLEST_SCALE = 1e-8  # a step that crossed 0 would turn the grid around
 class ScaleUpdates:
     """Moves the scales with an Adam of their own, whatever optimizer and schedule the user has.
 
-    The scales are parameters of the user's optimizer, so ``zero_grad``, gradient unscaling and clipping reach them; they
-    are added to its first group if it was built without them, which no learning-rate scheduler notices. What that
+    The scales are parameters of the user's optimizer, so ``zero_grad``, gradient unscaling and clipping reach them;
+    they are added to its first group if it was built without them, which no learning-rate scheduler notices. What that
     optimizer does to them, weight decay included, is undone after its step, and Adam's step is made instead.
 
     Args:
@@ -36,8 +36,8 @@ class ScaleUpdates:
         for optimizer in optimizers:
             if isinstance(optimizer, LBFGS):
                 raise MisconfigurationException(
-                    "LBFGS searches along one direction for all parameters, so learned scales cannot have steps of their "
-                    "own: use a first-order optimizer such as SGD or AdamW."
+                    "LBFGS searches along one direction for all parameters, so learned scales cannot have steps of "
+                    "their own: use a first-order optimizer such as SGD or AdamW."
                 )
         owned = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
         scales: list[list[nn.Parameter]] = [[] for _ in optimizers]

@@ -21,8 +21,8 @@ class IterativeFreezing(TracksOscillation):
     """Freezes weights that oscillate too often (Nagel et al., arXiv 2203.11086, Sec. 4.3, Algorithm 1).
 
     A weight whose frequency exceeds the threshold is held for the rest of training at the integer that its moving
-    average rounds to. The scale goes on learning, with dw_q/ds = z for a frozen integer z. Frozen latent weights are kept
-    at s z, so they are right in evaluation, in every checkpoint and for code that knows nothing of freezing; whatever
+    average rounds to. The scale goes on learning, with dw_q/ds = z for a frozen integer z. Frozen latent weights are
+    kept at s z, so they are right in evaluation, in every checkpoint and for code that knows nothing of freezing; whatever
     momentum or weight decay does to them is undone.
 
     Needs no OscillationTracking; beside one, both share one state. Logs ``oscillation/freeze_threshold``.
@@ -32,8 +32,8 @@ class IterativeFreezing(TracksOscillation):
         final_threshold: Threshold at the end of the run, annealed to along half a cosine. None: constant.
         anneal_start: Share of the run at which annealing begins, in [0, 1); nothing is frozen before. A constant
             threshold holds from the first step.
-        momentum: Weight of the new value in the moving averages, in (0, 1]. None: that of OscillationTracking if it is in
-            the list, else 0.01. One oscillation lifts a frequency of 0 to the momentum, so a threshold below twice
+        momentum: Weight of the new value in the moving averages, in (0, 1]. None: that of OscillationTracking if it is
+            in the list, else 0.01. One oscillation lifts a frequency of 0 to the momentum, so a threshold below twice
             the momentum freezes weights that have oscillated once or twice.
         max_bits: Only weights of at most this many bits are frozen.
 

@@ -66,8 +66,8 @@ class TracksOscillation(pl.Callback):
         if calibrated and self._leads and not oscillation_states(pl_module):
             least = min(w.quantizer.bits or 8 for w in calibrated)
             rank_zero_warn(
-                f"No weight is quantized to max_bits={self.max_bits} or fewer (the least is {least}; the first and last "
-                "layer have first_last_bits): there is nothing to track. Lower the bits or raise max_bits."
+                f"No weight is quantized to max_bits={self.max_bits} or fewer (the least is {least}; the first and "
+                "last layer have first_last_bits): there is nothing to track. Lower the bits or raise max_bits."
             )
 
     def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:

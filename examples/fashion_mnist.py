@@ -1,0 +1,139 @@
+"""Quantization-aware training of a MobileNetV2-style network on Fashion-MNIST, four ways, over several seeds.
+
+The data comes from Debian's package ``dataset-fashion-mnist``, or from a folder with the four files of the original
+distribution. ``python examples/fashion_mnist.py`` reproduces the table of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from comparison import METHODS, Images, Result, Setting, compare, plot, pretrain, quiet, table
+from torch import Tensor, nn
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+def _read(folder: Path, name: str) -> Tensor:
+    """An IDX file: a header of 4 bytes for each of magic number and dimensions, then bytes."""
+    path = next((p for p in (folder / f"{name}.gz", folder / name) if p.exists()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"{folder} has no {name}(.gz): install Debian's dataset-fashion-mnist, or give a folder with --data"
+        )
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    dimensions = raw[3]
+    shape = np.frombuffer(raw, ">i4", dimensions, offset=4)
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
+
+
+def fashion_mnist(folder: Path, batch_size: int, train_images: int = 60_000) -> Images:
+    """60000 training and 10000 test images of 28x28 pixels, normalised; or the first of the training images."""
+    pixels = [_read(folder, f"{part}-images-idx3-ubyte") for part in ("train", "t10k")]
+    labels = [_read(folder, f"{part}-labels-idx1-ubyte").long() for part in ("train", "t10k")]
+    images = [(p.unsqueeze(1).float() / 255.0 - 0.286) / 0.353 for p in pixels]
+    return Images((images[0][:train_images], labels[0][:train_images]), (images[1], labels[1]), batch_size)
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block: expand, filter depthwise, project; a residual where the shapes allow."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = channels_in * expansion
+        self.residual = stride == 1 and channels_in == channels_out
+        self.expand = nn.Sequential(nn.Conv2d(channels_in, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()
+        )
+        self.project = nn.Sequential(nn.Conv2d(hidden, channels_out, 1, bias=False), nn.BatchNorm2d(channels_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features in, features out."""
+        y: Tensor = self.project(self.depthwise(self.expand(x)))
+        return x + y if self.residual else y
+
+
+class MobileNet(nn.Sequential):
+    """A MobileNetV2 for images of 28x28 pixels.
+
+    Args:
+        width: Multiplier of the channels.
+    """
+
+    def __init__(self, width: float = 1.0) -> None:
+        c = [round(width * channels) for channels in (16, 16, 24, 32, 128)]
+        super().__init__(
+            nn.Sequential(nn.Conv2d(1, c[0], 3, 2, 1, bias=False), nn.BatchNorm2d(c[0]), nn.ReLU6()),
+            InvertedResidual(c[0], c[1], 1, 3),
+            InvertedResidual(c[1], c[2], 2, 3),
+            InvertedResidual(c[2], c[2], 1, 3),
+            InvertedResidual(c[2], c[3], 2, 3),
+            InvertedResidual(c[3], c[3], 1, 3),
+            nn.Sequential(nn.Conv2d(c[3], c[4], 1, bias=False), nn.BatchNorm2d(c[4]), nn.ReLU6()),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(c[4], 10),
+        )
+
+
+def settings(epochs: int) -> list[Setting]:
+    """W3A3 and W3 weights only, as in the paper's tables."""
+    common = {
+        "epochs": epochs,
+        "learning_rate": 0.01,
+        "scale_learning_rate": 1e-5,
+        "momentum": 0.005,
+        "dampening": {"final_weight": 1e-2},
+        "freezing": {"threshold": 0.04, "final_threshold": 0.01},
+    }
+    return [
+        Setting("W3A3", weight_bits=3, activation_bits=3, **common),
+        Setting("W3", weight_bits=3, activation_bits=None, **common),
+    ]
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=DEBIAN, help="folder with the four files")
+    parser.add_argument("--train-images", type=int, default=60_000, help="use the first so many training images")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of quantization-aware training")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
+    parser.add_argument("--width", type=float, default=1.0, help="multiplier of the network's channels")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="which methods to run")
+    parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    parser.add_argument("--output", type=Path, default=Path("runs/fashion_mnist"), help="folder for logs and picture")
+    arguments = parser.parse_args()
+    quiet()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    data = fashion_mnist(arguments.data, 128, arguments.train_images)
+    network, accuracy = pretrain(MobileNet(arguments.width), data, epochs=10, learning_rate=0.1)
+    print(f"full precision: {accuracy:.2f} %", flush=True)
+
+    def report(result: Result) -> None:
+        print(f"{result}", flush=True)
+
+    results = compare(
+        network,
+        data,
+        settings(arguments.epochs),
+        seeds=range(arguments.seeds),
+        output=arguments.output,
+        report=report,
+        methods=arguments.methods,
+        compiled=arguments.compile,
+    )
+    plot(results, arguments.output / "oscillations.png")
+    print(f"\n{table(results)}\n")
+    print(f"{time.perf_counter() - start:.0f} s in all.")
+
+
+if __name__ == "__main__":
+    main()

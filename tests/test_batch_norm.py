@@ -1,0 +1,117 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_qat_osc import batch_norm_divergence, reestimate_batch_norm
+
+
+@pytest.mark.parametrize("sizes", [[64], [32, 32], [40, 20, 4], [2, 62], [1, 63]])
+def test_first_layer_gets_the_moments_of_the_concatenated_batches(sizes):
+    x = torch.randn(64, 3, 5, 5) * 7 + torch.tensor([100.0, 0.0, -3.0]).view(3, 1, 1)
+    bn = nn.BatchNorm2d(3)
+    reestimate_batch_norm(bn, x.split(sizes))
+    flat = x.double().transpose(0, 1).flatten(1)
+    assert torch.allclose(bn.running_mean.double(), flat.mean(1), rtol=1e-5)
+    assert torch.allclose(bn.running_var.double(), flat.var(1), rtol=1e-5)
+
+
+def test_deeper_layer_and_several_calls_a_pass():
+    seen = []
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.bn = nn.Linear(4, 6), nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            for part in (x, 2 * x):
+                seen.append(self.fc(part).detach())
+                self.bn(seen[-1])
+
+    net = Net()
+    reestimate_batch_norm(net, [torch.randn(8, 4), torch.randn(5, 4)])
+    everything = torch.cat(seen).double()
+    assert torch.allclose(net.bn.running_mean.double(), everything.mean(0), rtol=1e-5, atol=1e-7)
+    assert torch.allclose(net.bn.running_var.double(), everything.var(0), rtol=1e-5)
+
+
+def network():
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 6), nn.BatchNorm1d(6))
+    net.train()
+    net[3].eval()
+    return net
+
+
+def test_nothing_else_changes():
+    net = network()
+    net(torch.randn(8, 4))
+    net[1].momentum = None
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    modes = [m.training for m in net.modules()]
+    inputs = []
+    net[3].register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+    reestimate_batch_norm(net, [torch.randn(8, 4)])
+    assert (inputs[0] != 0).all()  # dropout was off
+    changed = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"1.running_mean", "1.running_var", "4.running_mean", "4.running_var"}
+    assert [m.training for m in net.modules()] == modes
+    assert net[1].momentum is None
+    assert not net[1]._forward_hooks
+
+
+def test_a_batch_that_raises_changes_nothing():
+    net = network()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    modes = [m.training for m in net.modules()]
+    with pytest.raises(RuntimeError, match="mat1"):
+        reestimate_batch_norm(net, [torch.randn(8, 4), torch.randn(8, 99)])
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert [m.training for m in net.modules()] == modes
+    assert all(not m._forward_hooks for m in net.modules())
+
+
+def test_stale_nan_is_healed():
+    bn = nn.BatchNorm1d(3)
+    bn.running_mean.fill_(float("nan"))
+    bn.running_var.fill_(float("inf"))
+    reestimate_batch_norm(bn, [torch.randn(10, 3)])
+    assert bn.running_mean.isfinite().all()
+    assert bn.running_var.isfinite().all()
+
+
+def test_no_batches():
+    with pytest.raises(ValueError, match="at least one batch"):
+        reestimate_batch_norm(network(), [])
+
+
+def test_layer_that_saw_nothing_keeps_its_statistics():
+    net = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(3)])
+    divergence = reestimate_batch_norm(net, [torch.randn(10, 3)], lambda batch: net[0](batch))
+    assert torch.equal(net[1].running_mean, torch.zeros(3))
+    assert torch.equal(net[1].running_var, torch.ones(3))
+    assert divergence["0"].abs().sum() > 0
+    assert torch.allclose(divergence["1"], torch.zeros(3))
+
+
+def test_divergence_is_torchs_kl_of_normals():
+    mean, running_mean = torch.randn(2, 5, dtype=torch.float64)
+    var, running_var = torch.rand(2, 5, dtype=torch.float64) + 0.1
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, var.sqrt()), torch.distributions.Normal(running_mean, running_var.sqrt())
+    )
+    assert torch.allclose(batch_norm_divergence(mean, var, running_mean, running_var), expected)
+
+
+def test_divergence_of_the_new_statistics_from_the_old():
+    bn = nn.BatchNorm1d(1)
+    bn.running_mean.fill_(1.0)
+    x = torch.randn(1000, 1)
+    divergence = reestimate_batch_norm(bn, [x])[""]
+    expected = batch_norm_divergence(x.mean(0), x.var(0), torch.ones(1), torch.ones(1))
+    assert torch.allclose(divergence, expected, rtol=1e-4)
+
+
+def test_variance_of_zero_gives_a_finite_divergence():
+    zero, one = torch.zeros(1), torch.ones(1)
+    assert batch_norm_divergence(one, zero, one, one).isfinite().all()
+    assert batch_norm_divergence(one, one, one, zero).isfinite().all()

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_qat_osc import LayerRule, QuantConfig, quantize_model
+from lightning_qat_osc.calibration import Calibrator
+
+
+class Net(nn.Module):
+    """Layers listed in another order than they are called in, and one that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(4, 2)
+        self.middle = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(self.middle(torch.relu(self.first(x))) - 1.0)
+
+
+def calibrate(net, config, batches):
+    quantize_model(net, config)
+    calibrator = Calibrator(net, config)
+    with calibrator.observe():
+        for batch in batches:
+            net(batch)
+    assert all(not m._forward_pre_hooks for m in net.modules())
+    return calibrator.finish()
+
+
+def bits(net):
+    return {n: (m.weight_quantizer.bits, m.input_quantizer.bits) for n, m in net.named_children()}
+
+
+def test_first_and_last_are_found_by_execution():
+    net = Net()
+    words = calibrate(net, QuantConfig(3, 4), [torch.randn(64, 4)])
+    assert bits(net) == {"first": (8, None), "last": (8, 8), "middle": (3, 4), "unused": (3, 4)}
+    assert (net.middle.input_quantizer.zero_point, net.middle.input_quantizer.quant_max) == (0, 15)
+    assert net.last.input_quantizer.zero_point > 0
+    assert len(words) == 1
+    assert "'unused'" in words[0]
+    assert "not called" in words[0]
+    assert not net.unused.input_quantizer.active
+
+
+def test_first_and_last_like_the_rest():
+    net = Net()
+    calibrate(net, QuantConfig(3, 4, first_last_bits=None), [torch.randn(64, 4)])
+    assert set(bits(net).values()) == {(3, 4)}
+    assert net.first.input_quantizer.active
+
+
+def test_rules_hold_for_first_and_last():
+    net = Net()
+    rules = (LayerRule("first", weight_bits=2, activation_bits=6), LayerRule("last", weight_bits=5))
+    calibrate(net, QuantConfig(3, 4, rules=rules), [torch.randn(64, 4)])
+    assert bits(net)["first"] == (2, 6)
+    assert bits(net)["last"] == (5, 8)
+
+
+def test_a_first_layer_left_out_is_still_the_first():
+    net = Net()
+    rules = (LayerRule("first", weight_bits=None, activation_bits=None),)
+    quantize_model(net, QuantConfig(3, 4, rules=rules))
+    calibrator = Calibrator(net, QuantConfig(3, 4, rules=rules))
+    with calibrator.observe():
+        net(torch.randn(64, 4))
+    calibrator.finish()
+    assert (net.middle.weight_quantizer.bits, net.middle.input_quantizer.bits) == (3, 4)
+
+
+def test_ranges_come_from_all_batches():
+    net = Net()
+    small, large = torch.rand(64, 4), 10 * torch.rand(64, 4)
+    config = QuantConfig(4, 4, first_last_bits=None, activation_range="minmax")
+    calibrate(net, config, [small, large])
+    assert net.first.input_quantizer.scale.item() == pytest.approx(large.max().item() / 15)
+
+
+def test_calibrated_ranges_are_kept():
+    net = Net()
+    calibrate(net, QuantConfig(4, 4), [torch.rand(64, 4)])
+    scale = net.middle.input_quantizer.scale.clone()
+    calibrate(net, QuantConfig(4, 4), [100 * torch.rand(64, 4)])
+    assert torch.equal(net.middle.input_quantizer.scale, scale)
+
+
+def test_nan_in_an_input_is_told_and_the_rest_estimated():
+    net = Net()
+    x = torch.rand(64, 4)
+    x[0, 0] = float("nan")
+    words = calibrate(net, QuantConfig(4, 4, first_last_bits=None), [x])
+    assert any("'first'" in w and "NaN or inf" in w for w in words)
+    assert net.first.input_quantizer.scale.isfinite().all()
+
+
+def test_input_that_is_always_zero_is_told():
+    net = Net()
+    words = calibrate(net, QuantConfig(4, 4, first_last_bits=None), [torch.zeros(8, 4)])
+    assert any("'first'" in w and "was 0 throughout" in w for w in words)
+    assert not net.first.input_quantizer.active
+    assert net(torch.randn(2, 4)).isfinite().all()
+
+
+def test_hooks_are_gone_after_an_exception():
+    net = Net()
+    quantize_model(net, QuantConfig())
+    calibrator = Calibrator(net, QuantConfig())
+    with pytest.raises(RuntimeError, match="mat1"), calibrator.observe():
+        net(torch.randn(2, 99))
+    assert all(not m._forward_pre_hooks for m in net.modules())

@@ -1,0 +1,127 @@
+import pytest
+import torch
+from reference import fake_quantize_equation
+
+from lightning_qat_osc.functional import fake_quantize, integer_grid, quantize_to_int
+
+# powers of two, for which torch's multiplication by the reciprocal rounds as the division does
+EXACT_SCALES = [2.0**-5, 0.125, 1.0]
+
+
+def grids():
+    return [(bits, signed) for bits in range(2, 9) for signed in (True, False)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "expected"),
+    [(2, True, (-2, 1)), (3, True, (-4, 3)), (8, True, (-128, 127)), (2, False, (0, 3)), (8, False, (0, 255))],
+)
+def test_integer_grid(bits, signed, expected):
+    assert integer_grid(bits, signed=signed) == expected
+
+
+@pytest.mark.parametrize("scale", EXACT_SCALES)
+@pytest.mark.parametrize(("bits", "signed"), grids())
+def test_forward_is_torchs_per_tensor_operator_to_the_bit(bits, signed, scale):
+    n, p = integer_grid(bits, signed=signed)
+    x = torch.randn(5000) * scale * 2**bits / 2
+    x[:100] = torch.arange(-50, 50) * scale + scale / 2  # ties
+    expected = torch.fake_quantize_per_tensor_affine(x, scale, 0, n, p)
+    assert torch.equal(fake_quantize(x, torch.tensor([scale]), n, p), expected)
+
+
+@pytest.mark.parametrize("zero_point", [1, 5, 14])
+def test_zero_point_as_in_torch(zero_point):
+    x = torch.randn(5000)
+    expected = torch.fake_quantize_per_tensor_affine(x, 0.125, zero_point, 0, 15)
+    assert torch.equal(fake_quantize(x, torch.tensor([0.125]), 0, 15, zero_point), expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_forward_is_torchs_per_channel_operator_to_the_bit(axis):
+    x = torch.randn(6, 6, 3, 3)
+    scale = 2.0 ** torch.arange(-5, 1)
+    expected = torch.fake_quantize_per_channel_affine(x, scale, torch.zeros(6, dtype=torch.int32), axis, -4, 3)
+    shape = [1, 1, 1, 1]
+    shape[axis] = 6
+    assert torch.equal(fake_quantize(x, scale.view(shape), -4, 3), expected)
+
+
+def test_any_scale_differs_from_torch_only_within_an_ulp_of_a_tie():
+    x, scale = torch.randn(200_000), torch.tensor([0.0937])
+    ours = fake_quantize(x, scale, -8, 7)
+    torchs = torch.fake_quantize_per_tensor_affine(x, scale.item(), 0, -8, 7)
+    other = ~torch.isclose(ours, torchs, rtol=1e-6, atol=1e-7)
+    v = (x / scale)[other].double()
+    assert ((v - v.floor() - 0.5).abs() < 1e-5).all()
+    assert other.sum() < 20
+
+
+@pytest.mark.parametrize("shape", [[1], [4, 1, 1], [1, 5, 1]])
+@pytest.mark.parametrize("zero_point", [0, 3])
+def test_both_gradients_are_autograds_of_the_printed_equation(shape, zero_point):
+    n, p = -4, 3
+    x = torch.randn(4, 5, 200, dtype=torch.float64, requires_grad=True)
+    s = (torch.rand(shape, dtype=torch.float64) * 0.4 + 0.1).requires_grad_()
+    upstream = torch.randn(4, 5, 200, dtype=torch.float64)
+    fake_quantize(x, s, n, p, zero_point).backward(upstream)
+    gx, gs = x.grad.clone(), s.grad.clone()
+    x.grad = s.grad = None
+    fake_quantize_equation(x, s, n - zero_point, p - zero_point).backward(upstream)
+    assert torch.allclose(gx, x.grad, rtol=1e-15, atol=0)  # autograd multiplies by s and divides by it again
+    assert torch.allclose(gs, s.grad, rtol=1e-12)
+    assert 0 < (gx == 0).sum() < gx.numel()  # both zones were visited
+
+
+def test_gradient_passes_up_to_the_limits_and_no_further():
+    # torch's operator passes where the rounded value is inside, half a step further out
+    v = torch.tensor([-4.4, -4.0001, -4.0, 3.0, 3.0001, 3.4], requires_grad=True)
+    fake_quantize(v, torch.ones(1), -4, 3).sum().backward()
+    assert v.grad.tolist() == [0, 0, 1, 1, 0, 0]
+
+
+def test_scale_gradient_by_hand():
+    s = torch.tensor([1.0], requires_grad=True)
+    x = torch.tensor([0.3, 1.6, -9.0, 9.0])
+    fake_quantize(x, s, -4, 3).backward(torch.tensor([1.0, 10.0, 100.0, 1000.0]))
+    assert s.grad.item() == pytest.approx((0 - 0.3) + 10 * (2 - 1.6) + 100 * -4 + 1000 * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_is_the_inputs(dtype):
+    x = torch.randn(100).to(dtype).requires_grad_()
+    s = torch.tensor([0.1], dtype=torch.float32, requires_grad=True)
+    y = fake_quantize(x, s, -4, 3)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == dtype
+    assert s.grad.dtype == torch.float32
+    assert torch.equal(y, fake_quantize(x.detach().double(), s.detach().double(), -4, 3).to(dtype))
+
+
+def test_integers_are_those_of_the_quantized_values():
+    x, s = torch.randn(1000), torch.tensor([0.11])
+    z = quantize_to_int(x, s, -4, 3)
+    assert z.dtype == torch.int8
+    assert torch.equal(z * s, fake_quantize(x, s, -4, 3))
+    u = quantize_to_int(x, s, 0, 255, 100)
+    assert u.dtype == torch.uint8
+    assert torch.equal((u.int() - 100) * s, fake_quantize(x, s, 0, 255, 100))
+
+
+def test_channels_last_stays():
+    x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    y = fake_quantize(x, torch.tensor([0.1]), -4, 3)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compiles_without_graph_break():
+    x, s = torch.randn(64, requires_grad=True), torch.tensor([0.1], requires_grad=True)
+    fake_quantize(x, s, -4, 3).sum().backward()
+    gx, gs = x.grad.clone(), s.grad.clone()
+    x.grad = s.grad = None
+    compiled = torch.compile(fake_quantize, fullgraph=True, backend="aot_eager")
+    y = compiled(x, s, -4, 3)
+    y.sum().backward()
+    assert torch.equal(y, fake_quantize(x, s, -4, 3))
+    assert torch.equal(x.grad, gx)
+    assert torch.allclose(s.grad, gs)

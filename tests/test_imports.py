@@ -1,0 +1,77 @@
+"""Imports run one way: from the callbacks down to functions of tensors."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "lightning_qat_osc"
+ROOT = Path(__file__).parent.parent / PACKAGE
+
+# from the ground up: a module may import those in lines before its own
+FLOORS = [
+    {"functional", "schedules", "ranges"},
+    {"oscillation", "regularizers", "batch_norm"},
+    {"quantizers", "metrics"},
+    {"config"},
+    {"surgery"},
+    {"calibration", "plan"},
+    {"callbacks._training_passes", "callbacks._optimizer_steps", "callbacks._scale_updates"},
+    {"callbacks.quantization_aware_training"},
+    {"callbacks._oscillation"},
+    {"callbacks.oscillation_tracking", "callbacks.oscillation_dampening", "callbacks.batch_norm_reestimation"},
+    {"callbacks.iterative_freezing"},
+    {"callbacks"},
+    {""},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+TORCH_ONLY = {"functional", "schedules", "ranges", "oscillation", "regularizers", "batch_norm"}
+
+
+def imported(source: str) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+    return modules
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def faults(name: str, source: str) -> list[str]:
+    found = []
+    for module in imported(source):
+        if module == PACKAGE or module.startswith(f"{PACKAGE}."):
+            target = module[len(PACKAGE) + 1 :]
+            if FLOOR[target] >= FLOOR[name]:
+                found.append(f"{name} imports {target}")
+        elif module.split(".")[0] == "lightning" and name and not name.startswith("callbacks"):
+            found.append(f"{name} imports {module}")
+        elif module.split(".")[0] in ("torchmetrics", "yaml", "numpy") and name in TORCH_ONLY:
+            found.append(f"{name} imports {module}")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=name_of)
+def test_imports_run_one_way(path):
+    assert faults(name_of(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("functional", "from lightning_qat_osc.quantizers import WeightQuantizer"),
+        ("oscillation", "import torchmetrics"),
+        ("surgery", "from lightning.pytorch import Callback"),
+        ("config", "import lightning_qat_osc.callbacks"),
+        ("callbacks.oscillation_tracking", "from lightning_qat_osc.callbacks.oscillation_dampening import X"),
+        ("metrics", "from lightning_qat_osc import oscillation_states"),
+    ],
+)
+def test_an_arrow_the_wrong_way_is_found(name, source):
+    assert len(faults(name, source)) == 1

@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from lightning_qat_osc.metrics import SQNR, FrozenShare, OscillatingShare, OscillationFrequency
+from lightning_qat_osc.oscillation import OscillationState
+
+
+@pytest.fixture
+def states():
+    a = OscillationState(torch.zeros(4, dtype=torch.int8))
+    a.frequency = torch.tensor([0.0, 0.0049, 0.0051, 0.2])
+    a.frozen = torch.tensor([True, False, False, False])
+    b = OscillationState(torch.zeros(2, 3, dtype=torch.int8))
+    b.frequency.fill_(0.1)
+    return {"a": a, "b.c": b}
+
+
+def test_by_hand(states):
+    frequency, share, frozen = OscillationFrequency(list(states)), OscillatingShare(list(states)), FrozenShare(list(states))
+    for metric in (frequency, share, frozen):
+        metric.update(states)
+    assert frequency.compute()["a"].item() == pytest.approx(0.21 / 4)
+    assert frequency.compute()[""].item() == pytest.approx(0.81 / 10)
+    assert {k: v.item() for k, v in share.compute().items()} == {"": pytest.approx(0.8), "a": 0.5, "b.c": 1.0}
+    assert {k: v.item() for k, v in frozen.compute().items()} == {"": pytest.approx(0.1), "a": 0.25, "b.c": 0.0}
+
+
+def test_threshold(states):
+    share = OscillatingShare(["a"], threshold=0.1)
+    share.update(states)
+    assert share.compute()["a"].item() == 0.25
+
+
+def test_reset(states):
+    frequency = OscillationFrequency(list(states))
+    frequency.update(states)
+    first = frequency.compute()
+    frequency.reset()
+    frequency.update(states)
+    assert frequency.compute() == first
+
+
+def test_sqnr_by_hand():
+    sqnr = SQNR()
+    sqnr.update(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5]))
+    assert sqnr.compute().item() == pytest.approx(20.0)
+    sqnr.update(torch.tensor([5.0]), torch.tensor([5.0]))
+    assert sqnr.compute().item() == pytest.approx(10 * torch.log10(torch.tensor(200.0)).item())

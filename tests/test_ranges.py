@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from lightning_qat_osc.functional import fake_quantize, integer_grid
+from lightning_qat_osc.ranges import activation_grid, estimate_scale
+
+
+def mean_squared_error(x, scale, n, p):
+    return (fake_quantize(x, scale.reshape(1), n, p) - x).double().square().mean().item()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [300, 200_000])
+@pytest.mark.parametrize("tails", ["normal", "heavy"])
+def test_mse_is_within_a_percent_of_a_brute_force_search(bits, size, tails):
+    n, p = integer_grid(bits, signed=True)
+    x = torch.randn(size)
+    if tails == "heavy":
+        x = x * torch.rand(size).reciprocal().clamp(max=30)
+    found = mean_squared_error(x, estimate_scale(x.unsqueeze(0), n, p, "mse"), n, p)
+    covering = (x.abs().max() / p).item()
+    best = min(mean_squared_error(x, torch.tensor([covering * k / 1000]), n, p) for k in range(5, 1001, 5))
+    assert found <= best * 1.01
+
+
+def test_rows_are_estimated_as_if_alone():
+    x = torch.randn(5, 4000) * torch.tensor([[0.01], [0.1], [1.0], [10.0], [100.0]])
+    for method in ("mse", "minmax", "percentile", "lsq"):
+        together = estimate_scale(x, -4, 3, method)
+        alone = torch.cat([estimate_scale(row.unsqueeze(0), -4, 3, method) for row in x])
+        assert torch.allclose(together, alone, rtol=1e-5)
+
+
+def test_minmax_covers_both_ends():
+    x = torch.tensor([[-4.0, 1.0, 2.0]])
+    assert estimate_scale(x, -4, 3, "minmax").item() == 1.0
+    assert estimate_scale(-x, -4, 3, "minmax").item() == pytest.approx(4 / 3)
+    assert estimate_scale(x.abs(), 0, 15, "minmax").item() == pytest.approx(4 / 15)
+
+
+def test_percentile_leaves_a_thousandth_out_at_each_end():
+    x = torch.arange(100_001).float().unsqueeze(0)
+    assert estimate_scale(x, 0, 1, "percentile").item() == pytest.approx(99_900, rel=1e-3)
+    assert estimate_scale(x - 50_000, -1, 1, "percentile").item() == pytest.approx(49_900, rel=1e-3)
+    mostly_zero = torch.zeros(1, 100_000)
+    mostly_zero[0, 0] = 3.0
+    assert estimate_scale(mostly_zero, 0, 3, "percentile").item() > 0
+
+
+def test_lsq_formula():
+    x = torch.randn(1, 1000)
+    assert estimate_scale(x, -4, 3, "lsq").item() == pytest.approx(2 * x.abs().mean().item() / 3**0.5, rel=1e-6)
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="method='max'"):
+        estimate_scale(torch.ones(1, 2), -4, 3, "max")
+
+
+@pytest.mark.parametrize("method", ["mse", "minmax", "percentile", "lsq"])
+def test_constant_rows_give_a_usable_scale(method):
+    for value in (1e-6, 0.5, -0.5, 1e6):
+        scale = estimate_scale(torch.full((1, 3000), value), -4, 3, method)
+        assert scale.isfinite().all()
+        assert (scale > 0).all()
+
+
+def test_grid_is_unsigned_for_non_negative_inputs():
+    assert activation_grid(torch.rand(100), 0.0, 1.0, 4) == (0, 15, 0)
+
+
+def test_grid_has_its_zero_where_the_data_has():
+    x = torch.cat([torch.linspace(-1, 3, 10_000)])
+    assert activation_grid(x, -1.0, 3.0, 4, "minmax") == (0, 15, 4)
+    assert activation_grid(-x, -3.0, 1.0, 4, "minmax") == (0, 15, 11)
+    assert activation_grid(-x.abs(), -3.0, -0.0, 4, "minmax") == (0, 15, 15)
+    tiny_negative = torch.nn.functional.silu(torch.randn(10_000) * 100)
+    assert activation_grid(tiny_negative, tiny_negative.min().item(), tiny_negative.max().item(), 4)[2] >= 1
+
+
+def test_one_outlier_does_not_take_a_side_of_the_grid():
+    x = torch.randn(100_000)
+    x[0] = 1000.0
+    assert 6 <= activation_grid(x, x.min().item(), x.max().item(), 4, "mse")[2] <= 9
+    assert activation_grid(x, x.min().item(), x.max().item(), 4, "minmax")[2] == 1

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from torch import nn
+from torchmetrics import Metric
+
+from lightning_qat_osc import LayerRule, QuantConfig, oscillation_states, quantization_plan, quantize_model
+from lightning_qat_osc.plan import format_plan
+from lightning_qat_osc.quantizers import QuantizedLayer
+from lightning_qat_osc.surgery import quantized_layers, quantized_weights, scale_parameters, unquantized_layers
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.features = nn.ModuleDict({"a": nn.Conv2d(4, 4, 1), "b": nn.Conv2d(4, 4, 1)})
+        self.head = nn.Linear(4, 2)
+
+
+def test_inserts_everywhere_once():
+    net = Net()
+    assert quantize_model(net, QuantConfig()) is net
+    layers = quantized_layers(net)
+    assert list(layers) == ["embed", "features.a", "features.b", "head"]
+    assert layers["embed"].input_quantizer is None
+    quantizers = [layer.weight_quantizer for layer in layers.values()]
+    quantize_model(net, QuantConfig())
+    assert quantizers == [layer.weight_quantizer for layer in quantized_layers(net).values()]
+    assert len(scale_parameters(net)) == 7
+
+
+def test_rules_set_bits_and_leave_layers_out():
+    rules = (
+        LayerRule(pattern="features.*", weight_bits=2),
+        LayerRule(pattern="features.b", activation_bits=None),
+        LayerRule(layer_type="Linear", weight_bits=None, activation_bits=None),
+    )
+    net = Net()
+    config = QuantConfig(4, 8, rules=rules)
+    quantize_model(net, config)
+    assert not isinstance(net.head, QuantizedLayer)
+    assert [net.features[k].weight_quantizer.bits for k in "ab"] == [2, 2]
+    assert net.features["a"].input_quantizer.bits == 8
+    assert net.features["b"].input_quantizer is None
+    assert unquantized_layers(net, config) == []
+    assert unquantized_layers(net, QuantConfig()) == ["head"]
+
+
+def test_weights_only_and_activations_only():
+    net = Net()
+    quantize_model(net, QuantConfig(3, None))
+    assert all(layer.input_quantizer is None for layer in quantized_layers(net).values())
+    net = Net()
+    quantize_model(net, QuantConfig(None, 3))
+    assert all(layer.weight_quantizer is None for layer in quantized_layers(net).values())
+    assert not isinstance(net.embed, QuantizedLayer)
+
+
+def test_pattern_without_a_match_lists_near_names():
+    with pytest.raises(ValueError, match=r"pattern='feature\.a'.*features\.a"):
+        quantize_model(Net(), QuantConfig(rules=(LayerRule(pattern="feature.a", weight_bits=8),)))
+    with pytest.raises(ValueError, match="the types there are Conv2d, Embedding, Linear"):
+        quantize_model(Net(), QuantConfig(rules=(LayerRule(layer_type="Conv1d", weight_bits=8),)))
+
+
+def test_contradictory_rules():
+    rules = (LayerRule(pattern="head", weight_bits=8), LayerRule(layer_type="Linear", weight_bits=2))
+    with pytest.raises(ValueError, match=r"layer 'head'.*weight_bits=8.*weight_bits=2"):
+        quantize_model(Net(), QuantConfig(rules=rules))
+
+
+def test_nothing_to_quantize():
+    with pytest.raises(ValueError, match="no layer to quantize"):
+        quantize_model(nn.ReLU(), QuantConfig())
+
+
+class NetworkInMetric(Metric):
+    def __init__(self):
+        super().__init__()
+        self.inception = nn.Linear(2, 2)
+
+    def update(self):
+        pass
+
+    def compute(self):
+        return torch.zeros(())
+
+
+def test_networks_inside_metrics_are_left_alone():
+    net = Net()
+    net.fid = NetworkInMetric()
+    quantize_model(net, QuantConfig())
+    assert "fid.inception" not in quantized_layers(net)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"weight_bits": 1}, ValueError, "weight_bits must be from 2 to 8, got 1"),
+        ({"weight_bits": 9}, ValueError, "weight_bits must be from 2 to 8, got 9"),
+        ({"activation_bits": 3.0}, TypeError, "activation_bits must be an integer"),
+        ({"first_last_bits": True}, TypeError, "first_last_bits must be an integer"),
+        ({"weight_range": "max"}, ValueError, "weight_range must be one of 'mse'"),
+        ({"activation_range": "max"}, ValueError, "activation_range must be one of"),
+        ({"weight_granularity": "per_row"}, ValueError, "weight_granularity must be one of"),
+        ({"weight_bits": None, "activation_bits": None}, ValueError, "nothing to quantize"),
+    ],
+)
+def test_config_errors(arguments, error, words):
+    with pytest.raises(error, match=words):
+        QuantConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"weight_bits": 4}, ValueError, "needs a pattern or a layer_type"),
+        ({"pattern": "a"}, ValueError, "must set weight_bits or activation_bits"),
+        ({"pattern": "a", "weight_bits": 0}, ValueError, "LayerRule.weight_bits must be from 2 to 8"),
+        ({"pattern": "a", "activation_bits": "4"}, TypeError, "LayerRule.activation_bits must be an integer"),
+    ],
+)
+def test_rule_errors(arguments, error, words):
+    with pytest.raises(error, match=words):
+        LayerRule(**arguments)
+
+
+def test_plan_and_states():
+    net = Net()
+    quantize_model(net, QuantConfig(3, 4))
+    assert quantized_weights(net) == []  # no ranges yet
+    for layer in quantized_layers(net).values():
+        layer.weight_quantizer.calibrate(layer.weight)
+    net.head.input_quantizer.calibrate(torch.linspace(0, 3, 100), 0.0, 3.0)
+    plan = {line.layer: line for line in quantization_plan(net)}
+    assert plan["head"].type == "Linear"
+    assert plan["head"].shape == [2, 4]
+    assert plan["head"].weight_bits == 3
+    assert plan["head"].activation_range == pytest.approx([0.0, 3.0], rel=0.1)
+    assert plan["features.a"].activation_bits is None
+    assert "features.a" in format_plan(list(plan.values()))
+    assert oscillation_states(net) == {}
+    net.head.weight_quantizer.start_tracking(net.head.weight)
+    assert oscillation_states(net)["head"].weight_int.shape == net.head.weight.shape
+    assert [w.name for w in quantized_weights(net, max_bits=3)] == list(plan)
+    assert quantized_weights(net, max_bits=2) == []
