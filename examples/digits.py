@@ -59,7 +59,7 @@ def settings(epochs: int) -> list[Setting]:
     common = {
         "epochs": epochs,
         "learning_rate": 0.02,
-        "scale_learning_rate": 1e-4,
+        "scale_learning_rate": 1e-3,
         "momentum": 0.01,
         "dampening": {"final_weight": 1e-2},
         "freezing": {"threshold": 0.06, "final_threshold": 0.02},

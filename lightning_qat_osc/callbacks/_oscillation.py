@@ -21,7 +21,7 @@ def check_number(name: str, value: float, *, low: float, high: float = math.inf,
     Raises:
         ValueError: If it is.
     """
-    if not (low < value if low_open else low <= value) or not value <= high:
+    if not (low < value if low_open else low <= value) or not value <= high or math.isinf(value):
         interval = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if math.isfinite(high) else ')'}"
         raise ValueError(f"{name} must be in {interval}, got {value}")
 
@@ -71,9 +71,9 @@ def run_schedule(trainer: pl.Trainer, what: str, initial_value: float, final_val
     if initial_value == final_value:
         return constant(final_value)
     steps = trainer.estimated_stepping_batches
-    if not trainer.lightning_module.automatic_optimization and trainer.max_steps == -1:
+    if steps > 0 and not trainer.lightning_module.automatic_optimization and trainer.max_steps == -1:
         steps *= len(trainer.optimizers)  # global_step counts the steps of all of them
-    if not math.isfinite(steps):
+    if not 0 <= steps < math.inf:  # -1 for a loader without a length
         raise MisconfigurationException(
             f"{what} is annealed over the run, whose number of optimizer steps is not known: set "
             "Trainer(max_steps=...), or Trainer(max_epochs=..., limit_train_batches=...) for a loader without a length."

@@ -140,9 +140,19 @@ def training_pass(
 
 
 def _independent(loader: Any) -> Any:
-    """A loader whose iteration leaves this one's workers alone: iterating one with persistent workers restarts them."""
+    """A loader to iterate without a trace in this one, whose iterator training is drawing from.
+
+    Raises:
+        MisconfigurationException: If it can be iterated only once.
+    """
+    if isinstance(loader, Iterator):
+        raise MisconfigurationException(
+            f"the training data is a {type(loader).__name__}, which can be iterated only once: batches taken from it would "
+            "be lost to training. Give an iterable, such as a DataLoader."
+        )
     if not isinstance(loader, DataLoader) or not loader.persistent_workers:
-        return loader
+        return copy.copy(loader)  # what it remembers of its iterator, it remembers in attributes
+    # iterating a loader with persistent workers, or a copy of it, restarts the workers of the live iterator
     return DataLoader(
         loader.dataset,
         batch_sampler=loader.batch_sampler,

@@ -57,8 +57,8 @@ class QuantizationAwareTraining(pl.Callback):
         activation_range: How activation ranges are initialised, likewise.
         rules: Exceptions by layer name or type; they hold for the first and last layer as well.
         calibration_batches: Training batches from which activation ranges are initialised.
-        scale_learning_rate: Learning rate of the scales' Adam, constant. The paper's authors use 1e-5 for long ImageNet
-            runs; short runs want more.
+        scale_learning_rate: Learning rate of the scales' Adam. It acts on their logarithm: a step changes a scale by
+            about this share of itself. It follows the learning-rate schedule of the module's optimizer.
         print_plan: Print the plan (layer, type, shape, bits, ranges) before the first step.
         plan_path: File to write the plan to, as YAML, before the first step.
         forward_fn: Runs the network on a batch, given the LightningModule and the batch, where its ``training_step``
@@ -80,7 +80,7 @@ class QuantizationAwareTraining(pl.Callback):
         activation_range: RangeMethod = "mse",
         rules: Sequence[LayerRule] = (),
         calibration_batches: int = 4,
-        scale_learning_rate: float = 1e-5,
+        scale_learning_rate: float = 1e-3,
         print_plan: bool = False,
         plan_path: str | None = None,
         forward_fn: ForwardFn | None = None,
@@ -111,9 +111,6 @@ class QuantizationAwareTraining(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Insert the quantizers, unless they are in already."""
-        others = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
-        if len(others) > 1:
-            raise MisconfigurationException(f"one QuantizationAwareTraining per Trainer, got {len(others)}")
         if stage == "fit":
             self._scale_updates = None
         if quantizable_layers(pl_module):

@@ -1,0 +1,248 @@
+import csv
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import ConvModule, Data, dataset, loader, trainer
+from torch.optim.swa_utils import get_ema_avg_fn
+from torch.utils.data import DataLoader, RandomSampler
+
+from lightning_qat_osc import BatchNormReestimation, OscillationTracking, QuantizationAwareTraining, oscillation_states
+
+
+def qat(**kwargs):
+    return QuantizationAwareTraining(**{"weight_bits": 3, "activation_bits": 3, **kwargs})
+
+
+def inputs_of(layer, module, batches):
+    """All that a layer sees in evaluation mode with batch norm in training mode, concatenated."""
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].double()))
+    statistics = {k: v.clone() for k, v in module.state_dict().items() if "running" in k or "tracked" in k}
+    module.eval()
+    module.bn1.train()
+    module.bn2.train()
+    with torch.no_grad():
+        for batch in batches:
+            module(batch[0])
+    handle.remove()
+    module.load_state_dict(statistics, strict=False)
+    return torch.cat(seen).transpose(0, 1).flatten(1)
+
+
+def test_statistics_at_each_evaluation_are_those_of_the_batches():
+    class Look(L.Callback):
+        def __init__(self):
+            self.looks = 0
+
+        def look(self, pl_module):
+            module = pl_module
+            modes = [(m, m.training) for m in module.modules()]
+            for bn in (module.bn1, module.bn2):
+                x = inputs_of(bn, module, list(loader())[:5])
+                assert torch.allclose(bn.running_mean.double(), x.mean(1), rtol=1e-4, atol=1e-6)
+                assert torch.allclose(bn.running_var.double(), x.var(1), rtol=1e-4)
+            for m, training in modes:
+                m.training = training
+            self.looks += 1
+
+        def on_validation_epoch_start(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                self.look(pl_module)
+
+        def on_test_epoch_start(self, trainer, pl_module):
+            self.look(pl_module)
+
+        def on_train_end(self, trainer, pl_module):
+            self.look(pl_module)
+
+    module, look = ConvModule(), Look()
+    callbacks = [qat(), BatchNormReestimation(num_batches=5), look]
+    t = trainer(callbacks, val_check_interval=0.5)
+    t.fit(module, Data())
+    assert look.looks == 5
+    module.bn1.running_mean.fill_(float("nan"))
+    t.test(module, Data(), verbose=False)
+    t.validate(module, Data(), verbose=False)
+    other = trainer([qat(), BatchNormReestimation(num_batches=5), look])
+    other.test(module, Data(), verbose=False)
+    assert look.looks == 8
+
+
+class Busy(ConvModule):
+    """With dropout, random augmentation, a log and a buffer."""
+
+    def __init__(self):
+        super().__init__(dropout=0.3)
+        self.register_buffer("seen", torch.zeros(()))
+        self.trained_on = []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.trained_on.append(batch[1])
+
+    def training_step(self, batch, batch_idx):
+        self.seen += 1
+        noisy = batch[0] + 0.1 * torch.randn_like(batch[0])
+        return super().training_step((noisy, batch[1]), batch_idx)
+
+
+def shuffled(persistent=False, generator=False):
+    own = torch.Generator().manual_seed(7) if generator else None
+    sampler = RandomSampler(dataset(), generator=own) if generator else None
+    workers = {"num_workers": 1, "persistent_workers": True} if persistent else {}
+    return DataLoader(dataset(), batch_size=8, sampler=sampler, shuffle=None if generator else True, generator=own, **workers)
+
+
+@pytest.mark.parametrize("data", ["shuffle", "generator", "persistent", "combined"])
+def test_training_is_the_same_with_and_without(data):
+    runs = []
+    for callbacks in ([], [BatchNormReestimation(num_batches=3)]):
+        train = shuffled(data == "persistent", data == "generator")
+        if data == "combined":
+            train = CombinedLoader([train, shuffled()], "max_size_cycle")
+        torch.manual_seed(4)
+        module = Busy() if data != "combined" else TwoLoaders()
+        t = trainer([qat(), OscillationTracking(momentum=0.1), *callbacks], val_check_interval=3)
+        t.fit(module, train, loader(16))
+        runs.append(module)
+    without, with_it = runs
+    assert torch.equal(torch.cat(without.trained_on), torch.cat(with_it.trained_on))
+    assert with_it.seen.item() == len(with_it.trained_on) == 16
+    for (name, a), b in zip(without.named_parameters(), with_it.parameters()):
+        assert torch.equal(a, b), name
+    for name, state in oscillation_states(without).items():
+        assert torch.equal(state.frequency, oscillation_states(with_it)[name].frequency)
+    assert not torch.equal(without.bn1.running_mean, with_it.bn1.running_mean)
+
+
+class TwoLoaders(Busy):
+    def on_train_batch_start(self, batch, batch_idx):
+        super().on_train_batch_start(batch[0], batch_idx)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch[0], batch_idx) + super().training_step(batch[1], batch_idx) * 0
+
+    def on_train_batch_end(self, *args):
+        self.seen -= 1  # two passes a step
+
+
+def test_the_same_batches_each_time():
+    module = ConvModule()
+    module.means = []
+
+    class Keep(L.Callback):
+        def on_test_epoch_start(self, trainer, pl_module):
+            module.means.append(module.bn1.running_mean.clone())
+
+    t = trainer([qat(), BatchNormReestimation(num_batches=2), Keep()], max_epochs=1)
+    t.fit(module, Data(shuffle=True))
+    for _ in range(2):
+        torch.rand(3)
+        t.test(module, Data(shuffle=True), verbose=False)
+    assert torch.equal(*module.means)
+
+
+def test_divergence_is_logged(tmp_path):
+    logger = CSVLogger(tmp_path)
+    t = trainer([qat(), BatchNormReestimation(num_batches=5, log_divergence=True)], logger=logger)
+    t.fit(ConvModule(), Data())
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["batch_norm/divergence"]]
+    assert len(rows) == 2
+    for row in rows:
+        layers = [float(row[f"batch_norm/divergence/{name}"]) for name in ("bn1", "bn2")]
+        assert float(row["batch_norm/divergence"]) == pytest.approx(max(layers))
+        assert min(layers) > 0
+
+
+def test_frozen_batch_norm_stays():
+    class Frozen(ConvModule):
+        def on_train_epoch_start(self):
+            self.bn1.eval()
+
+    module = Frozen()
+    mean = module.bn1.running_mean.clone()
+    trainer([qat(), BatchNormReestimation()]).fit(module, Data())
+    assert torch.equal(module.bn1.running_mean, mean)
+    assert module.bn2.running_mean.abs().sum() > 0
+
+
+def test_evaluation_without_training_data_keeps_the_statistics():
+    module = ConvModule()
+    trainer([qat()]).fit(module, Data())
+    mean = module.bn1.running_mean.clone()
+    with pytest.warns(UserWarning, match="no training data"):
+        trainer([qat(), BatchNormReestimation()]).validate(module, loader(16), verbose=False)
+    assert torch.equal(module.bn1.running_mean, mean)
+
+
+class Manual(ConvModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+def test_manual_optimization_takes_a_function():
+    with pytest.raises(MisconfigurationException, match="forward_fn"):
+        trainer([qat(), BatchNormReestimation()]).fit(Manual(), Data())
+    calls = []
+
+    def forward(module, batch):
+        calls.append(1)
+        module(batch[0])
+
+    module = Manual()
+    trainer([qat(), BatchNormReestimation(num_batches=4, forward_fn=forward)], max_epochs=1).fit(module, Data())
+    assert len(calls) == 8  # the validation and the end of fit
+    x = inputs_of(module.bn1, module, list(loader())[:4])
+    assert torch.allclose(module.bn1.running_mean.double(), x.mean(1), rtol=1e-4, atol=1e-6)
+
+
+def test_after_averaged_weights_are_swapped_in():
+    means = {}
+
+    class Look(L.Callback):
+        def on_validation_epoch_start(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                means["estimated"] = pl_module.bn1.running_mean.clone()
+                means["averaged"] = inputs_of(pl_module.bn1, pl_module, list(loader())[:5]).mean(1)
+
+    averaging = WeightAveraging(avg_fn=get_ema_avg_fn(0.9))
+    trainer([qat(), averaging, BatchNormReestimation(num_batches=5), Look()]).fit(ConvModule(), Data())
+    assert torch.allclose(means["estimated"].double(), means["averaged"], rtol=1e-4, atol=1e-6)
+
+
+def test_an_error_in_a_pass_leaves_everything_as_it_was():
+    class Fails(ConvModule):
+        def training_step(self, batch, batch_idx):
+            if not torch.is_grad_enabled() and self.global_step:
+                raise RuntimeError("user's error")
+            return super().training_step(batch, batch_idx)
+
+    module = Fails()
+    t = trainer([qat(), BatchNormReestimation()])
+    with pytest.raises(RuntimeError, match="user's error"):
+        t.fit(module, Data())
+    assert module.trainer is t
+    assert all(not m._forward_hooks for m in module.modules())
+    assert module.bn1.momentum == 0.1
+
+
+def test_without_quantization_it_says_what_is_missing():
+    with pytest.raises(MisconfigurationException, match="add QuantizationAwareTraining"):
+        trainer([BatchNormReestimation()]).fit(ConvModule(), Data())
+
+
+def test_unsuited_arguments():
+    with pytest.raises(ValueError, match="num_batches must be at least 1, got 0"):
+        BatchNormReestimation(num_batches=0)

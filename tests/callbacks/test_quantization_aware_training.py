@@ -1,0 +1,337 @@
+import copy
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import ConvModule, Data, loader, trainer
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_qat_osc import LayerRule, QuantConfig, QuantizationAwareTraining, quantize_model
+from lightning_qat_osc.surgery import quantized_layers, scale_parameters
+
+
+def qat(**kwargs):
+    return QuantizationAwareTraining(**{"weight_bits": 3, "activation_bits": 3, **kwargs})
+
+
+def scales(module):
+    return torch.cat([s.detach().flatten() for s in scale_parameters(module)])
+
+
+def test_trains_on_the_grid_and_leaves_the_class_alone():
+    module = ConvModule()
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    trainer([qat()]).fit(module, Data())
+    assert type(module) is ConvModule
+    layers = quantized_layers(module)
+    assert list(layers) == ["stem", "depthwise", "point", "head"]
+    assert {n: layer.weight_quantizer.bits for n, layer in layers.items()} == {
+        "stem": 8,
+        "depthwise": 3,
+        "point": 3,
+        "head": 8,
+    }
+    assert module.stem.input_quantizer.bits is None
+    seen = []
+    module.depthwise.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    module.eval()(torch.randn(4, 1, 6, 6))
+    assert len(module.depthwise.weight_quantizer(module.depthwise.weight).unique()) <= 8
+    assert all(not torch.equal(p, before[n]) for n, p in module.named_parameters() if n in before)
+
+
+def test_fit_twice_then_validate_test_and_predict():
+    module, data = ConvModule(), Data()
+    first = trainer([qat()])
+    first.fit(module, data)
+    ranges = scales(module)
+    first.fit_loop.max_epochs = 3
+    first.fit(module, data)
+    second = trainer([qat()])
+    second.fit(module, data)
+    assert len(quantized_layers(module)) == 4
+    assert not torch.equal(scales(module), ranges)
+    for t in (first, second, trainer([qat()])):
+        losses = t.validate(module, data, verbose=False)[0], t.test(module, data, verbose=False)[0]
+        assert losses[0]["val_loss"] == losses[1]["test_loss"]
+        assert len(t.predict(module, data)) == 2
+
+
+def test_evaluation_before_any_range_says_so():
+    with pytest.warns(UserWarning, match="no ranges yet"):
+        trainer([qat()]).validate(ConvModule(), Data(), verbose=False)
+
+
+class ListsParameters(ConvModule):
+    """Lists its parameters before anything is inserted."""
+
+    def __init__(self, scheduler=None, **kwargs):
+        super().__init__(**kwargs)
+        self.optimizer = torch.optim.SGD(
+            [{"params": [self.stem.weight]}, {"params": [self.depthwise.weight, self.point.weight, self.head.weight]}],
+            lr=0.01,
+            momentum=0.9,
+            weight_decay=0.5,
+        )
+        self.scheduler = scheduler
+
+    def configure_optimizers(self):
+        schedulers = {
+            None: lambda o: None,
+            "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda e: 0.5**e] * 2),
+            "onecycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=100),
+            "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
+        }
+        scheduler = schedulers[self.scheduler](self.optimizer)
+        return [self.optimizer], [] if scheduler is None else [{"scheduler": scheduler, "interval": "step"}]
+
+
+@pytest.mark.parametrize("scheduler", [None, "lambda", "onecycle", "cosine"])
+def test_scales_train_also_when_the_optimizer_was_built_without_them(scheduler):
+    module = ListsParameters(scheduler)
+    trainer([qat(scale_learning_rate=1e-3)], max_epochs=1, limit_train_batches=1).fit(module, Data())
+    initial = scales(module)
+    trainer([qat(scale_learning_rate=1e-3)], max_epochs=1).fit(module, Data())
+    moved = scales(module) != initial
+    in_use = torch.tensor([s.item() != 1.0 for s in scale_parameters(module)])
+    assert torch.equal(moved, in_use)
+    assert len(module.optimizer.param_groups) == 2
+
+
+class Watch(L.Callback):
+    """Keeps the gradients and values of the scales at each step: before the optimizer, and after."""
+
+    def __init__(self):
+        self.gradients, self.values = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append([s.grad.clone() for s in scale_parameters(pl_module)])
+        if not self.values:
+            self.values.append(scales(pl_module))
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.values.append(scales(pl_module))
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "Adagrad"])
+def test_scales_take_adams_steps_whatever_the_optimizer_and_its_decay(optimizer):
+    watch = Watch()
+    module = ConvModule(optimizer=optimizer, weight_decay=0.5, lr=0.02)
+    trainer([qat(scale_learning_rate=2e-3), watch]).fit(module, Data())
+    values = watch.values[0].double()
+    mean = square = torch.zeros_like(values)
+    for t, gradients in enumerate(watch.gradients, start=1):  # Adam, as in its paper
+        g = torch.cat([x.flatten() for x in gradients]).double() * watch.values[t - 1].double()  # d/d(log s)
+        mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g**2
+        values = values * torch.exp(-2e-3 * (mean / (1 - 0.9**t)) / ((square / (1 - 0.999**t)).sqrt() + 1e-8))
+        assert torch.allclose(watch.values[t].double(), values, rtol=1e-5)
+    assert len(watch.gradients) == 16
+
+
+def test_scales_follow_the_schedule():
+    class Decaying(ConvModule):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < 5))
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    watch = Watch()
+    trainer([qat(), watch]).fit(Decaying(), Data())
+    changes = [not torch.equal(a, b) for a, b in zip(watch.values, watch.values[1:])]
+    assert changes == [True] * 5 + [False] * 11
+
+
+def test_scale_learning_rate_of_zero_holds_the_ranges():
+    watch = Watch()
+    trainer([qat(scale_learning_rate=0.0), watch]).fit(ConvModule(weight_decay=0.1), Data())
+    assert all(torch.equal(values, watch.values[0]) for values in watch.values)
+
+
+class Busy(ConvModule):
+    """Logs, draws random numbers and updates a metric and a buffer in its training step."""
+
+    def __init__(self):
+        super().__init__(dropout=0.3)
+        self.accuracy = MulticlassAccuracy(3)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        self.logger.experiment.add_scalar("x", 1.0) if self.logger is not None else None
+        logits = self(batch[0] + 0.01 * torch.randn_like(batch[0]))
+        self.log("accuracy", self.accuracy(logits, batch[1]))
+        return F.cross_entropy(logits, batch[1])
+
+
+def test_calibration_leaves_no_trace():
+    module = Busy()
+    seen = {}
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen["rng"] = torch.get_rng_state()
+            seen["state"] = {k: v.clone() for k, v in pl_module.state_dict().items() if torch.is_tensor(v)}
+            seen["updates"] = pl_module.accuracy.update_count
+            seen["training"] = all(m.training for m in pl_module.modules())
+
+    # the same look, before and after calibration
+    before, after = Look(), Look()
+    looks = []
+    for order in ([before, qat()], [qat(), after]):
+        torch.manual_seed(1)
+        copied = copy.deepcopy(module)
+        trainer(order, max_epochs=1).fit(copied, Data(shuffle=True))
+        looks.append(dict(seen))
+        assert copied.steps.item() == 8
+    assert torch.equal(looks[0]["rng"], looks[1]["rng"])
+    assert looks[0]["updates"] == looks[1]["updates"] == 0
+    assert looks[1]["training"]
+    changed = {k for k, v in looks[1]["state"].items() if not torch.equal(v, looks[0]["state"][k])}
+    assert changed
+    assert all(k.endswith("_quantizer.scale") for k in changed)
+
+
+def test_training_goes_on_as_if_there_had_been_no_calibration():
+    class Order(L.Callback):
+        def __init__(self):
+            self.batches = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.batches.append(batch[1])
+
+    orders = []
+    for callbacks in ([], [qat()]):
+        order = Order()
+        torch.manual_seed(3)
+        trainer([*callbacks, order]).fit(ConvModule(), Data(shuffle=True))
+        orders.append(torch.cat(order.batches))
+    assert torch.equal(*orders)
+
+
+def test_plan_is_printed_and_written_before_training(tmp_path, caplog):
+    path = tmp_path / "plans" / "plan.yaml"
+    rules = [LayerRule("point", weight_bits=2)]
+    with caplog.at_level("INFO"):
+        trainer([qat(plan_path=str(path), print_plan=True, rules=rules)], max_steps=1).fit(ConvModule(), Data())
+    plan = {line["layer"]: line for line in yaml.safe_load(path.read_text())}
+    assert plan["point"]["weight_bits"] == 2
+    assert plan["stem"]["activation_bits"] is None
+    assert plan["head"]["type"] == "Linear"
+    assert plan["depthwise"]["activation_range"][1] > 0
+    assert "depthwise" in caplog.text
+
+
+class Manual(ConvModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+def test_manual_optimization_takes_its_ranges_from_the_first_steps():
+    module = Manual()
+    watch = Watch()
+    trainer([qat(calibration_batches=3, scale_learning_rate=1e-3), watch]).fit(module, Data())
+    changes = [not torch.equal(a, b) for a, b in zip(watch.values, watch.values[1:])]
+    assert changes == [False, False] + [True] * 14
+    assert all(not m._forward_pre_hooks for m in module.modules())
+
+
+def test_manual_optimization_with_a_function():
+    module, batches = Manual(), []
+
+    def forward(m, batch):
+        batches.append(len(batch[0]))
+        m(batch[0])
+
+    watch = Watch()
+    trainer([qat(forward_fn=forward, calibration_batches=2), watch]).fit(module, Data())
+    assert batches == [8, 8]
+    assert watch.values[0][0] != 1.0
+
+
+class MadeLate(ConvModule):
+    def __init__(self, quantize):
+        super().__init__()
+        self.quantize = quantize
+
+    def configure_model(self):
+        if not hasattr(self, "late"):
+            self.late = nn.Linear(3, 3)
+        if self.quantize:
+            quantize_model(self, QuantConfig(3, 3))
+
+    def forward(self, x):
+        return self.late(super().forward(x))
+
+
+def test_layers_made_in_configure_model():
+    with pytest.raises(MisconfigurationException, match=r"late.*quantize_model"):
+        trainer([qat()]).fit(MadeLate(False), Data())
+    module = MadeLate(True)
+    trainer([qat()]).fit(module, Data())
+    assert module.late.weight_quantizer.bits == 8  # the last layer
+
+
+def test_a_second_one_is_refused():
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        trainer([qat(), qat()])
+
+
+def test_lbfgs_is_refused():
+    class Lbfgs(ConvModule):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters())
+
+    with pytest.raises(MisconfigurationException, match="LBFGS"):
+        trainer([qat()]).fit(Lbfgs(), Data())
+
+
+def test_a_checkpoint_of_another_quantization_is_refused(tmp_path):
+    t = trainer([qat()])
+    t.fit(ConvModule(), Data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    other = trainer([qat(weight_bits=4, rules=[LayerRule("head", weight_bits=6)])], max_epochs=3)
+    with pytest.raises(ValueError, match=r"weight_bits: 3 in the checkpoint, 4 here; rules"):
+        other.fit(ConvModule(), Data(), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_unsuited_arguments():
+    for arguments, words in (
+        ({"calibration_batches": 0}, "calibration_batches must be at least 1, got 0"),
+        ({"scale_learning_rate": -1.0}, "scale_learning_rate must be at least 0, got -1.0"),
+        ({"scale_learning_rate": float("nan")}, "scale_learning_rate"),
+        ({"weight_bits": 12}, "weight_bits must be from 2 to 8, got 12"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            qat(**arguments)
+
+
+def test_data_that_can_be_read_only_once_is_refused():
+    module = ConvModule()
+    t = trainer([qat()], max_steps=2)
+    with pytest.raises(MisconfigurationException, match="only once"):
+        t.fit(module, iter(list(loader())), loader())
+
+
+def test_an_exception_in_training_lets_go_of_everything():
+    class Fails(Manual):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1:
+                raise RuntimeError("user's error")
+            return super().training_step(batch, batch_idx)
+
+    module = Fails()
+    t = trainer([qat()])
+    with pytest.raises(RuntimeError, match="user's error"):
+        t.fit(module, Data())
+    assert all(not m._forward_pre_hooks for m in module.modules())
+    assert all(not o._optimizer_step_post_hooks for o in t.optimizers)
