@@ -282,7 +282,7 @@ def _mean_spread(values: Sequence[float], digits: int = 2) -> str:
 def table(results: Sequence[Result]) -> str:
     """A Markdown table: means, and standard deviations over the seeds where there are several."""
     lines = [
-        "| setting | method | accuracy % before BN re-estimation | after | Osc. % | frozen % | training loss | time s |",
+        "| setting | method | accuracy %, running BN | re-estimated BN | Osc. % | frozen % | training loss | time s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for key in dict.fromkeys((r.setting, r.method) for r in results):

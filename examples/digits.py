@@ -1,7 +1,7 @@
 """Quantization-aware training on scikit-learn's handwritten digits, with oscillations measured, dampened and frozen.
 
-Run it with ``make demo``. It pre-trains a small depthwise-separable network in full precision, trains it with 3-bit weights
-and activations and with 2-bit weights, each in four ways, and prints what came of it.
+Run it with ``make demo``. It pre-trains a small depthwise-separable network in full precision, trains it with 3-bit
+weights and activations and with 2-bit weights, each in four ways, and prints what came of it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_norm_divergence", "batch_norm_layers", "reestimate_batch_norm"]
+__all__ = ["batch_norm_divergence", "batch_norm_layers", "batch_statistics", "reestimate_batch_norm"]
 
 
 def batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
@@ -80,8 +80,8 @@ class _Moments:
 
 
 @contextmanager
-def _observe_batches(layers: list[_BatchNorm]) -> Iterator[list[_Moments]]:
-    """Collect the moments of all that the layers normalise; afterwards layers and statistics are as before.
+def batch_statistics(layers: list[_BatchNorm]) -> Iterator[list[_Moments]]:
+    """Let layers normalise by each batch and collect its moments; afterwards layers and statistics are as before.
 
     In training mode with a momentum of 1 a layer leaves the mean and the unbiased variance of each batch in its running
     statistics, which costs nothing beyond its forward pass.
@@ -128,9 +128,9 @@ def reestimate_batch_norm(
     r"""Set batch-norm statistics to the mean and variance over some batches (arXiv 2203.11086, Sec. 2.3.1).
 
     Each layer gets exactly the mean and the unbiased variance of everything that it normalised: those of the
-    concatenated batches, whatever their sizes, and of all ranks in a distributed run. The batch-norm layers see batch statistics
-    during the passes, as in training; every other module runs in evaluation mode. Weights, other buffers, modes, and
-    ``num_batches_tracked`` are as before, and so are the statistics of a layer that saw no batch. If a batch raises,
+    concatenated batches, whatever their sizes, and of all ranks in a distributed run. The batch-norm layers see batch
+    statistics during the passes, as in training; every other module runs in evaluation mode. Weights, other buffers,
+    modes, and ``num_batches_tracked`` are as before, and so are the statistics of a layer that saw no batch. If a batch raises,
     nothing has changed.
 
     Args:
@@ -151,7 +151,7 @@ def reestimate_batch_norm(
     seen = False
     try:
         module.eval()
-        with _observe_batches(list(layers.values())) as moments:
+        with batch_statistics(list(layers.values())) as moments:
             for batch in batches:
                 run(batch)
                 seen = True

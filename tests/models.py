@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 class ConvModule(L.LightningModule):
     """Two convolutions with batch norm, dropout and a linear layer."""
 
-    def __init__(self, lr: float = 0.05, weight_decay: float = 0.0, optimizer: str = "SGD", dropout: float = 0.0) -> None:
+    def __init__(
+        self, lr: float = 0.05, weight_decay: float = 0.0, optimizer: str = "SGD", dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.stem = nn.Conv2d(1, 4, 3, padding=1, bias=False)

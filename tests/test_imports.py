@@ -50,9 +50,11 @@ def faults(name: str, source: str) -> list[str]:
             target = module[len(PACKAGE) + 1 :]
             if FLOOR[target] >= FLOOR[name]:
                 found.append(f"{name} imports {target}")
-        elif module.split(".")[0] == "lightning" and name and not name.startswith("callbacks"):
+            continue
+        library = module.split(".")[0]
+        if library == "lightning" and name and not name.startswith("callbacks"):
             found.append(f"{name} imports {module}")
-        elif module.split(".")[0] in ("torchmetrics", "yaml", "numpy") and name in TORCH_ONLY:
+        if library in ("torchmetrics", "yaml", "numpy") and name in TORCH_ONLY:
             found.append(f"{name} imports {module}")
     return found
 

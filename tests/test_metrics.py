@@ -16,7 +16,11 @@ def states():
 
 
 def test_by_hand(states):
-    frequency, share, frozen = OscillationFrequency(list(states)), OscillatingShare(list(states)), FrozenShare(list(states))
+    frequency, share, frozen = (
+        OscillationFrequency(list(states)),
+        OscillatingShare(list(states)),
+        FrozenShare(list(states)),
+    )
     for metric in (frequency, share, frozen):
         metric.update(states)
     assert frequency.compute()["a"].item() == pytest.approx(0.21 / 4)

@@ -24,7 +24,9 @@ def test_holds_until_the_start_and_after_the_end():
     assert [schedule(t) for t in (100, 1000)] == [0.01] * 2
 
 
-@pytest.mark.parametrize(("steps", "start", "word"), [(0, 0.0, "total_steps=0"), (9, 1.0, "start=1.0"), (9, -0.1, "start")])
+@pytest.mark.parametrize(
+    ("steps", "start", "word"), [(0, 0.0, "total_steps=0"), (9, 1.0, "start=1.0"), (9, -0.1, "start")]
+)
 def test_errors_name_the_value(steps, start, word):
     with pytest.raises(ValueError, match=word):
         cosine_anneal(0.0, 1.0, steps, start)

@@ -65,6 +65,9 @@ def owned_by(optimizer: Optimizer, pl_module: pl.LightningModule, max_bits: int)
 def run_schedule(trainer: pl.Trainer, what: str, initial_value: float, final_value: float, start: float) -> Schedule:
     """A cosine from one value to the other over the optimizer steps of the run; constant where they are equal.
 
+    To be called once training has begun: asking a Trainer for its number of steps sets up the training data, and before
+    a checkpoint's loops are restored that loses the state of a stateful loader.
+
     Raises:
         MisconfigurationException: If the run has no known end.
     """

@@ -17,8 +17,8 @@ __all__ = ["ScaleUpdates"]
 class _LogSteps:
     """Adam's steps for the logarithms of some scales: ``s <- s exp(step)``.
 
-    A scale is a positive factor of any magnitude, so its steps are relative: Adam sees ds/d(log s) = s times the gradient,
-    and no step can turn a grid around. (Learning the logarithm is Jain et al.'s choice too, arXiv 1903.08066, Sec. 3.2.)
+    A scale is a positive factor of any magnitude, so its steps are relative: Adam sees ds/d(log s) = s times the
+    gradient, and no step can turn a grid around. Source of learning the logarithm: TQT, arXiv 1903.08066.
     """
 
     def __init__(self, scales: list[nn.Parameter], learning_rate: float) -> None:

@@ -147,8 +147,8 @@ def _independent(loader: Any) -> Any:
     """
     if isinstance(loader, Iterator):
         raise MisconfigurationException(
-            f"the training data is a {type(loader).__name__}, which can be iterated only once: batches taken from it would "
-            "be lost to training. Give an iterable, such as a DataLoader."
+            f"the training data is a {type(loader).__name__}, which can be iterated only once: batches taken from it "
+            "would be lost to training. Give an iterable, such as a DataLoader."
         )
     if not isinstance(loader, DataLoader) or not loader.persistent_workers:
         return copy.copy(loader)  # what it remembers of its iterator, it remembers in attributes

@@ -22,8 +22,11 @@ class IterativeFreezing(TracksOscillation):
 
     A weight whose frequency exceeds the threshold is held for the rest of training at the integer that its moving
     average rounds to. The scale goes on learning, with dw_q/ds = z for a frozen integer z. Frozen latent weights are
-    kept at s z, so they are right in evaluation, in every checkpoint and for code that knows nothing of freezing; whatever
-    momentum or weight decay does to them is undone.
+    kept at s z, so they are right in evaluation, in every checkpoint and for code that knows nothing of freezing;
+    whatever momentum or weight decay does to them is undone.
+
+    Begin late enough: a weight that freezes while its moving average still remembers where training began is held at
+    the wrong integer. An annealed threshold does so by itself.
 
     Needs no OscillationTracking; beside one, both share one state. Logs ``oscillation/freeze_threshold``.
 
@@ -72,9 +75,9 @@ class IterativeFreezing(TracksOscillation):
                 "oscillating or not. Raise the threshold, or lower the momentum to average over more steps."
             )
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hook the optimizers, and lay the schedule over the run."""
-        super().on_fit_start(trainer, pl_module)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the history of every weight, and lay the schedule over the run."""
+        super().on_train_start(trainer, pl_module)
         self._schedule = run_schedule(
             trainer, "The freezing threshold", self.threshold, self.final_threshold, self.anneal_start
         )

@@ -71,7 +71,7 @@ class OscillationDampening(pl.Callback):
         """Check that there will be something to dampen."""
         require_quantization(trainer, self)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lay the schedule over the run."""
         self._schedule = run_schedule(
             trainer, "The dampening weight", self.initial_weight, self.final_weight, self.anneal_start

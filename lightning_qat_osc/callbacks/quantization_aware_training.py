@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_qat_osc.batch_norm import batch_norm_layers, batch_statistics
 from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
 from lightning_qat_osc.callbacks._scale_updates import ScaleUpdates
@@ -143,7 +144,9 @@ class QuantizationAwareTraining(pl.Callback):
             return
         forward = training_pass(trainer, pl_module, self.forward_fn)
         batches = 0
-        with without_side_effects(trainer, pl_module), calibrator.observe():
+        # before its first step the running statistics of a new network are no estimate of anything
+        new = [b for b in batch_norm_layers(pl_module).values() if b.training and b.num_batches_tracked == 0]
+        with without_side_effects(trainer, pl_module), batch_statistics(new), calibrator.observe():
             for batch in training_batches(trainer, pl_module, self.calibration_batches):
                 forward(batch)
                 batches += 1

@@ -94,7 +94,9 @@ def shuffled(persistent=False, generator=False):
     own = torch.Generator().manual_seed(7) if generator else None
     sampler = RandomSampler(dataset(), generator=own) if generator else None
     workers = {"num_workers": 1, "persistent_workers": True} if persistent else {}
-    return DataLoader(dataset(), batch_size=8, sampler=sampler, shuffle=None if generator else True, generator=own, **workers)
+    return DataLoader(
+        dataset(), batch_size=8, sampler=sampler, shuffle=None if generator else True, generator=own, **workers
+    )
 
 
 @pytest.mark.parametrize("data", ["shuffle", "generator", "persistent", "combined"])

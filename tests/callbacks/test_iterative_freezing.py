@@ -152,7 +152,9 @@ def test_threshold_is_annealed_logged_and_off_before_the_start(tmp_path):
     assert look.frozen[:24] == [0] * 24
     assert look.frozen[-1] > 0
     with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
-        values = [float(r["oscillation/freeze_threshold"]) for r in csv.DictReader(file) if r["oscillation/freeze_threshold"]]
+        values = [
+            float(r["oscillation/freeze_threshold"]) for r in csv.DictReader(file) if r["oscillation/freeze_threshold"]
+        ]
     cosine = [0.05 + 0.035 * (1 + math.cos(math.pi * max(0, t - 24) / 24)) for t in range(48)]
     assert values == pytest.approx(cosine)
 

@@ -31,8 +31,10 @@ class Record(L.Callback):
 
     def record(self, pl_module):
         self.history.append(
-            {w.name: torch.clamp(torch.round(w.weight.detach() / w.quantizer.scale.detach()), -2, 1).int().flatten()
-             for w in quantized_weights(pl_module)}
+            {
+                w.name: torch.clamp(torch.round(w.weight.detach() / w.quantizer.scale.detach()), -2, 1).int().flatten()
+                for w in quantized_weights(pl_module)
+            }
         )
 
     def on_train_start(self, trainer, pl_module):

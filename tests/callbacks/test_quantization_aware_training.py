@@ -224,6 +224,26 @@ def test_plan_is_printed_and_written_before_training(tmp_path, caplog):
     assert "depthwise" in caplog.text
 
 
+def test_a_network_that_was_never_trained_gets_ranges_that_let_it_train():
+    class Look(L.Callback):
+        inputs, gradients = [], []
+
+        def on_train_start(self, trainer, pl_module):
+            pl_module.head.register_forward_pre_hook(lambda m, args: self.inputs.append(args[0].detach()))
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.gradients.append(pl_module.stem.weight.grad.clone())
+
+    look, module = Look(), ConvModule()
+    for conv in (module.stem, module.depthwise):
+        torch.nn.init.normal_(conv.weight, std=1e-3)  # in evaluation mode this would reach the next layer
+    trainer([qat(first_last_bits=None), look], max_steps=1, limit_val_batches=0).fit(module, Data())
+    q = module.point.input_quantizer
+    assert q.scale.item() * 7 > 0.5  # normalised values, not thousandths
+    assert (look.gradients[0] != 0).any()
+    assert module.bn1.num_batches_tracked.item() == 1
+
+
 class Manual(ConvModule):
     def __init__(self):
         super().__init__()

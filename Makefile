@@ -1,0 +1,46 @@
+# Every target makes what it needs: nothing but Python 3.10+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint types check build clean
+
+# The main job on real data: scikit-learn's handwritten digits, in full precision and then at 3 and 2 bits, four ways.
+demo: $(VENV)/examples.stamp
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp
+	$(BIN)/mypy
+
+check: lint types test
+
+# The wheel, imported from a clean environment.
+build: $(VENV)/dev.stamp
+	rm -rf dist $(VENV)-wheel
+	$(BIN)/python -m build --wheel
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd $(VENV)-wheel && bin/python -c "import lightning_qat_osc as q; print(q.__version__, len(q.__all__), 'names')"
+	rm -rf $(VENV)-wheel
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and exactly: a looser range may take a build for another machine.
+$(VENV)/%.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-wheel build dist runs

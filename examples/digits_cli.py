@@ -1,0 +1,66 @@
+"""LightningCLI on the digits: all that concerns quantization is in digits.yaml.
+
+``python examples/digits_cli.py fit --config examples/digits.yaml``
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from digits import SeparableNet, digits
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.functional import accuracy
+
+
+class DigitsModule(L.LightningModule):
+    """A plain LightningModule; its optimizer and schedule come from the YAML.
+
+    Args:
+        label_smoothing: Of the cross entropy.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.network: nn.Module = SeparableNet()
+        self.label_smoothing = label_smoothing
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy of a batch."""
+        images, labels = batch
+        loss = F.cross_entropy(self.network(images), labels, label_smoothing=self.label_smoothing)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracy of a batch."""
+        images, labels = batch
+        self.log(
+            "val_accuracy", accuracy(self.network(images), labels, task="multiclass", num_classes=10), prog_bar=True
+        )
+
+
+class DigitsData(L.LightningDataModule):
+    """scikit-learn's handwritten digits.
+
+    Args:
+        batch_size: Images a step.
+    """
+
+    def __init__(self, batch_size: int = 64) -> None:
+        super().__init__()
+        self.images = digits(batch_size)
+
+    def train_dataloader(self) -> Any:
+        """Shuffled batches."""
+        return self.images.train_dataloader()
+
+    def val_dataloader(self) -> Any:
+        """Batches in order."""
+        return self.images.val_dataloader()
+
+
+if __name__ == "__main__":
+    LightningCLI(DigitsModule, DigitsData)

@@ -1,0 +1,158 @@
+"""A run that stops and resumes ends with the bits of one that was never stopped."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from models import ConvModule, Data, dataset, loader, trainer
+
+from lightning_qat_osc import (
+    BatchNormReestimation,
+    IterativeFreezing,
+    OscillationDampening,
+    OscillationTracking,
+    QuantizationAwareTraining,
+    oscillation_states,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*below twice the momentum.*"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*"),
+]
+
+
+class Order:
+    """Batches in an order of their own each epoch, in which a checkpoint finds its place again."""
+
+    def __init__(self):
+        self.data, self.epoch, self.position, self.resume_at = dataset(), 0, 0, 0
+        self.sampler = self
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.epoch)
+        order = torch.randperm(64, generator=generator).view(8, 8)
+        start, self.resume_at = self.resume_at, 0
+        for i in range(start, 8):
+            self.position = i + 1
+            yield self.data[order[i]]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.resume_at = state["position"]
+
+
+def callbacks():
+    return [
+        QuantizationAwareTraining(2, 3, first_last_bits=None, scale_learning_rate=0.01),
+        OscillationTracking(momentum=0.1),
+        OscillationDampening(final_weight=1e-2),
+        IterativeFreezing(threshold=0.12, final_threshold=0.05),
+        BatchNormReestimation(num_batches=3),
+    ]
+
+
+def fit(path=None, ckpt_path=None, max_epochs=4, **kwargs):
+    torch.manual_seed(11)
+    module = ConvModule(lr=0.3)
+    checkpoint = [] if path is None else [ModelCheckpoint(path, filename="stop", save_top_k=1, **kwargs)]
+    t = trainer([*callbacks(), *checkpoint], max_epochs=max_epochs, enable_checkpointing=bool(checkpoint))
+    t.fit(module, Order(), loader(16), ckpt_path=ckpt_path)
+    return module, t
+
+
+def stop_at(path, step):
+    """Train as if for the whole run, and be stopped by an error after some step, right behind its checkpoint."""
+
+    class Crash(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == step:
+                trainer.save_checkpoint(path / "stop.ckpt")
+
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            if trainer.global_step == step:
+                raise KeyboardInterrupt
+
+    torch.manual_seed(11)
+    t = trainer([*callbacks(), Crash()], max_epochs=4)
+    with pytest.raises(SystemExit):
+        t.fit(ConvModule(lr=0.3), Order(), loader(16))
+
+
+def assert_same(a, b):
+    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values()):
+        assert torch.equal(p, q) if torch.is_tensor(p) else p == q, name
+    states, others = oscillation_states(a), oscillation_states(b)
+    for name, state in states.items():
+        for key, value in state.state_dict().items():
+            assert torch.equal(value, others[name].state_dict()[key]), (name, key)
+
+
+@pytest.fixture(scope="module")
+def unbroken():
+    module, _ = fit()
+    assert sum(int(s.frozen.sum()) for s in oscillation_states(module).values()) > 0
+    return module
+
+
+def test_two_runs_are_the_same(unbroken):
+    assert_same(unbroken, fit()[0])
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_resume_at_the_end_of_an_epoch(unbroken, tmp_path, epochs):
+    class Crash(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == epochs:
+                raise KeyboardInterrupt
+
+    torch.manual_seed(11)
+    t = trainer(
+        [*callbacks(), ModelCheckpoint(tmp_path, filename="stop"), Crash()], max_epochs=4, enable_checkpointing=True
+    )
+    with pytest.raises(SystemExit):
+        t.fit(ConvModule(lr=0.3), Order(), loader(16))
+    torch.manual_seed(99)
+    resumed = ConvModule(lr=0.3)
+    trainer(callbacks(), max_epochs=4).fit(resumed, Order(), loader(16), ckpt_path=tmp_path / "stop.ckpt")
+    assert_same(unbroken, resumed)
+
+
+@pytest.mark.parametrize("step", [1, 13, 27])
+def test_resume_in_mid_epoch(unbroken, tmp_path, step):
+    stop_at(tmp_path, step)
+    torch.manual_seed(99)
+    resumed = ConvModule(lr=0.3)
+    t = trainer(callbacks(), max_epochs=4)
+    t.fit(resumed, Order(), loader(16), ckpt_path=tmp_path / "stop.ckpt")
+    assert t.global_step == 32
+    assert_same(unbroken, resumed)
+
+
+def test_checkpoint_holds_only_what_weights_only_loading_takes(tmp_path):
+    stop_at(tmp_path, 13)
+    checkpoint = torch.load(tmp_path / "stop.ckpt", weights_only=True)
+    assert any(key.endswith("oscillation.frequency") for key in checkpoint["state_dict"])
+
+
+def test_evaluation_of_a_checkpoint_is_that_of_the_run(tmp_path):
+    torch.manual_seed(11)
+    module = ConvModule(lr=0.3)
+    t = trainer([*callbacks(), ModelCheckpoint(tmp_path, monitor="val_loss")], enable_checkpointing=True)
+    t.fit(module, Data())
+    best = t.checkpoint_callback.best_model_score.item()
+    loss = t.test(module, Data(), ckpt_path="best", verbose=False)[0]["test_loss"]
+    assert loss == pytest.approx(best, rel=1e-5)
+    other = ConvModule(lr=0.3)
+    same = [*callbacks(), ModelCheckpoint(tmp_path, monitor="val_loss")]
+    fresh = trainer(same, enable_checkpointing=True).test(
+        other, Data(), ckpt_path=t.checkpoint_callback.best_model_path, verbose=False
+    )
+    assert fresh[0]["test_loss"] == pytest.approx(best, rel=1e-5)
