@@ -130,8 +130,8 @@ def reestimate_batch_norm(
     Each layer gets exactly the mean and the unbiased variance of everything that it normalised: those of the
     concatenated batches, whatever their sizes, and of all ranks in a distributed run. The batch-norm layers see batch
     statistics during the passes, as in training; every other module runs in evaluation mode. Weights, other buffers,
-    modes, and ``num_batches_tracked`` are as before, and so are the statistics of a layer that saw no batch. If a batch raises,
-    nothing has changed.
+    modes, and ``num_batches_tracked`` are as before, and so are the statistics of a layer that saw no batch. If a batch
+    raises, nothing has changed.
 
     Args:
         module: The model.
