@@ -162,14 +162,15 @@ def _trainer(**arguments: Any) -> L.Trainer:
 
 
 def pretrain(
-    network: nn.Module, data: Images, *, epochs: int, learning_rate: float, seed: int = 0
+    make_network: Callable[[], nn.Module], data: Images, *, epochs: int, learning_rate: float, seed: int = 0
 ) -> tuple[nn.Module, float]:
-    """Train a network in full precision.
+    """Make a network and train it in full precision.
 
     Returns:
         The network, and its accuracy in percent.
     """
     L.seed_everything(seed, verbose=False)
+    network = make_network()
     module = Classifier(network, learning_rate)
     trainer = _trainer(max_epochs=epochs, logger=False, limit_val_batches=0)
     trainer.fit(module, data)

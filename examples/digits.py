@@ -62,7 +62,7 @@ def settings(epochs: int) -> list[Setting]:
         "scale_learning_rate": 1e-3,
         "momentum": 0.01,
         "dampening": {"final_weight": 1e-2},
-        "freezing": {"threshold": 0.06, "final_threshold": 0.02},
+        "freezing": {"threshold": 0.04, "final_threshold": 0.01},
     }
     return [
         Setting("W3A3", weight_bits=3, activation_bits=3, **common),
@@ -78,10 +78,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/digits"), help="folder for logs and the picture")
     arguments = parser.parse_args()
     quiet()
+    torch.set_num_threads(1)  # the tensors are tiny
     arguments.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     data = digits()
-    network, accuracy = pretrain(SeparableNet(), data, epochs=20, learning_rate=0.1)
+    network, accuracy = pretrain(SeparableNet, data, epochs=20, learning_rate=0.1)
     print(f"full precision: {accuracy:.2f} %", flush=True)
 
     def report(result: Result) -> None:

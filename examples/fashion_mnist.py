@@ -122,7 +122,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     data = fashion_mnist(arguments.data, 128, arguments.train_images)
-    network, accuracy = pretrain(MobileNet(arguments.width), data, epochs=15, learning_rate=0.2)
+    network, accuracy = pretrain(lambda: MobileNet(arguments.width), data, epochs=15, learning_rate=0.2)
     print(f"full precision: {accuracy:.2f} %", flush=True)
 
     def report(result: Result) -> None:

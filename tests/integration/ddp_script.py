@@ -45,11 +45,11 @@ def main() -> None:
     for bn in (module.bn1, module.bn2):
         bn.num_batches_tracked.fill_(1)  # trained before, so calibration does not depend on the size of a batch
     callbacks = [
-        QuantizationAwareTraining(2, 3, scale_learning_rate=0.01, calibration_batches=8 // devices),
+        QuantizationAwareTraining(2, 3, scale_learning_rate=0.01, calibration_batches=8),
         OscillationTracking(momentum=0.1),
         OscillationDampening(final_weight=1e-2),
         IterativeFreezing(threshold=0.12, final_threshold=0.05),
-        BatchNormReestimation(num_batches=8 // devices),
+        BatchNormReestimation(num_batches=8),
         look,
     ]
     strategy = {"strategy": "ddp", "devices": 2} if devices == 2 else {}
