@@ -62,6 +62,9 @@ class Calibrator:
     def __init__(self, module: nn.Module, config: QuantConfig) -> None:
         self._config = config
         self._layers = quantizable_layers(module)
+        # the first and last layer are the model's, not those of a frozen teacher or loss network beside it
+        trainable = {name for name, layer in self._layers.items() if layer.weight.requires_grad}
+        self._trainable = trainable or set(self._layers)
         self._observed: dict[str, _Observed] = {}
         self._first: str | None = None
         self._last: str | None = None
@@ -80,9 +83,9 @@ class Calibrator:
                 handle.remove()
 
     def _record(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._first is None:
-            self._first = name
-        self._last = name
+        if name in self._trainable:
+            self._first = self._first or name
+            self._last = name
         observed = self._observed.setdefault(name, _Observed())
         x = args[0] if args else next(iter(kwargs.values()))
         if x.is_floating_point() and x.numel() > 0 and isinstance(layer, QuantizedLayer) and layer.input_quantizer:
@@ -113,9 +116,9 @@ class Calibrator:
                 continue
             w, x = layer.weight_quantizer, layer.input_quantizer
             if w is not None and not w.calibrated and not w.pinned:
-                w.bits = bits
+                w.set_bits(bits)
             if x is not None and not x.calibrated and not x.pinned:
-                x.bits = None if name == self._first else bits
+                x.set_bits(None if name == self._first else bits)
 
     def _calibrate(self, name: str, layer: QuantizedLayer) -> Iterator[str]:
         w, x = layer.weight_quantizer, layer.input_quantizer

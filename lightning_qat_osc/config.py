@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from lightning_qat_osc.quantizers import Granularity
 from lightning_qat_osc.ranges import RangeMethod
 
-__all__ = ["Bits", "LayerRule", "QuantConfig"]
+__all__ = ["Bits", "Granularity", "LayerRule", "QuantConfig"]
+
+Granularity = Literal["per_tensor", "per_channel"]
+"""One scale for the whole tensor, or one for each output channel."""
 
 Bits = int | None | Literal["default"]
 """A width of 2 to 8, None for full precision, or "default" for what the rest of the model has."""
@@ -114,3 +116,14 @@ class QuantConfig:
             raise ValueError(
                 "weight_bits and activation_bits are both None and there are no rules: nothing to quantize"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as it comes back from a file: dictionaries, lists and numbers."""
+        return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
+
+
+def config_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two configurations, in words; empty where nothing does."""
+    return "; ".join(
+        f"{key}: {before.get(key)!r} before, {now[key]!r} now" for key in now if before.get(key) != now[key]
+    )

@@ -5,25 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_qat_osc.config import Granularity, QuantConfig
 from lightning_qat_osc.functional import fake_quantize, integer_grid, quantize_to_int
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.ranges import RangeMethod, activation_grid, estimate_scale
 
-__all__ = ["Granularity", "InputQuantizer", "QuantizedLayer", "WeightQuantizer", "quantized_class"]
-
-Granularity = Literal["per_tensor", "per_channel"]
-"""One scale for the whole tensor, or one for each output channel."""
+__all__ = ["InputQuantizer", "QuantizedLayer", "Quantizer", "WeightQuantizer", "quantized_class"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-class _Quantizer(nn.Module):
+class Quantizer(nn.Module):
     """A learned scale and the integer grid that it stretches.
 
     Until it is calibrated, and with ``bits`` None, it returns what it is given. The scale keeps its precision when the
@@ -37,7 +35,10 @@ class _Quantizer(nn.Module):
         quant_max: Largest integer.
         zero_point: The integer that stands for 0.0.
         calibrated: Whether the scale and the grid have been set from data.
+        scale_grad: Gradient of the scale between the moment it is taken out of the optimizer's sight and the step.
     """
+
+    grid: Tensor
 
     def __init__(self, bits: int | None, scale_shape: Sequence[int], *, pinned: bool = False) -> None:
         super().__init__()
@@ -46,6 +47,10 @@ class _Quantizer(nn.Module):
         self.pinned = pinned
         self.quant_min, self.quant_max, self.zero_point = 0, 0, 0
         self.calibrated = False
+        self.scale_grad: Tensor | None = None
+        # the five above once more, for the checkpoint. As a buffer of floats it survives averaged copies of the model.
+        self.register_buffer("grid", torch.zeros(5))
+        self._write_grid()
 
     @property
     def active(self) -> bool:
@@ -64,26 +69,28 @@ class _Quantizer(nn.Module):
         self.scale.copy_(scale.view_as(self.scale))
         self.quant_min, self.quant_max, self.zero_point = quant_min, quant_max, zero_point
         self.calibrated = True
+        self._write_grid()
+
+    def set_bits(self, bits: int | None) -> None:
+        """Change the width, before calibration."""
+        self.bits = bits
+        self._write_grid()
+
+    @torch.no_grad()
+    def _write_grid(self) -> None:
+        values = [self.bits or 0, self.quant_min, self.quant_max, self.zero_point, self.calibrated]
+        self.grid.copy_(torch.tensor(values, dtype=self.grid.dtype))
+
+    def _read_grid(self) -> None:
+        # rounded: an average of equal numbers is off by an ulp
+        bits, quant_min, quant_max, zero_point, calibrated = (round(value) for value in self.grid.tolist())
+        self.bits, self.calibrated = bits or None, bool(calibrated)
+        self.quant_min, self.quant_max, self.zero_point = quant_min, quant_max, zero_point
 
     def extra_repr(self) -> str:
         """Bits, grid and number of scales."""
         limits = f"[{self.quant_min}, {self.quant_max}], zero_point={self.zero_point}"
         return f"bits={self.bits}, {limits if self.calibrated else 'no range yet'}, scales={self.scale.numel()}"
-
-    def get_extra_state(self) -> dict[str, int | bool | None]:
-        """The grid, for the checkpoint: plain integers, which neither DDP nor an averaged model touches."""
-        return {
-            "bits": self.bits,
-            "quant_min": self.quant_min,
-            "quant_max": self.quant_max,
-            "zero_point": self.zero_point,
-            "calibrated": self.calibrated,
-        }
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the grid from a checkpoint."""
-        self.bits, self.calibrated = state["bits"], state["calibrated"]
-        self.quant_min, self.quant_max, self.zero_point = state["quant_min"], state["quant_max"], state["zero_point"]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to another device or a wider dtype, never to one that would round the scale."""
@@ -98,9 +105,10 @@ class _Quantizer(nn.Module):
         """Load the quantizer if the checkpoint has it; a full-precision one leaves it to be calibrated."""
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
+            self._read_grid()
 
 
-class WeightQuantizer(_Quantizer):
+class WeightQuantizer(Quantizer):
     """Symmetric signed quantizer of a weight, with the oscillation history of its integers once it is tracked.
 
     Args:
@@ -172,13 +180,16 @@ class WeightQuantizer(_Quantizer):
         return self.oscillation
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load the history with the quantizer, or begin without one if the checkpoint was made before tracking."""
         saved = state_dict.get(f"{prefix}oscillation.weight_int")
-        if saved is not None and self.oscillation is None:
+        if saved is None:
+            self.oscillation = None
+        elif self.oscillation is None:
             self.oscillation = OscillationState(saved.to(self.scale.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class InputQuantizer(_Quantizer):
+class InputQuantizer(Quantizer):
     """Quantizer of a layer's input, per tensor: unsigned where the input is non-negative, else with a zero point.
 
     Args:
@@ -223,11 +234,13 @@ class QuantizedLayer(nn.Module):
 
     Attributes:
         weight: The latent weight.
-        weight_quantizer: Quantizer of the weight, or None.
+        quant_config: What was asked for when the quantizers were inserted.
+        weight_quantizer: Quantizer of the weight, or None. Layers that share a weight share it.
         input_quantizer: Quantizer of the first argument of ``forward``, or None.
     """
 
     weight: nn.Parameter
+    quant_config: QuantConfig
     weight_quantizer: WeightQuantizer | None
     input_quantizer: InputQuantizer | None
 

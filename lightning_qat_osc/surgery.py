@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
-from lightning_qat_osc.config import Bits, LayerRule, QuantConfig
+from lightning_qat_osc.config import Bits, LayerRule, QuantConfig, config_differences
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.quantizers import (
     InputQuantizer,
     QuantizedLayer,
+    Quantizer,
     WeightQuantizer,
     output_channel_dim,
     quantized_class,
@@ -26,6 +30,7 @@ __all__ = [
     "quantizable_layers",
     "quantized_layers",
     "quantized_weights",
+    "quantizers",
     "scale_parameters",
     "unquantized_layers",
 ]
@@ -42,6 +47,9 @@ QUANTIZABLE = (
 )
 
 
+_NEVER_CALLED = (NonDynamicallyQuantizableLinear,)  # MultiheadAttention reads the weight of its output projection
+
+
 def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Every layer of a type that can be quantized, by name. Networks inside metrics are not the model's."""
     layers: dict[str, nn.Module] = {}
@@ -49,7 +57,7 @@ def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
     for name, child in module.named_modules():
         if isinstance(child, Metric):
             of_metrics.update(child.modules())
-        elif isinstance(child, QUANTIZABLE) and child not in of_metrics:
+        elif isinstance(child, QUANTIZABLE) and child not in of_metrics and not isinstance(child, _NEVER_CALLED):
             layers[name] = child
     return layers
 
@@ -141,33 +149,92 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
         The same module.
 
     Raises:
-        ValueError: If a rule matches no layer, rules contradict each other, or no layer can be quantized.
+        ValueError: If a rule matches no layer, rules contradict each other, no layer can be quantized, a layer is of a
+            kind that is not supported, or the module is quantized already with another configuration.
     """
     layers = quantizable_layers(module)
     if not layers:
         kinds = ", ".join(kind.__name__ for kind in QUANTIZABLE)
         raise ValueError(f"{type(module).__name__} has no layer to quantize: none of {kinds}")
     _check_rules_match(config.rules, layers)
+    planned = {name: _layer_bits(config, name, layer) for name, layer in layers.items()}
     for name, layer in layers.items():
-        bits = _layer_bits(config, name, layer)
-        if not isinstance(layer, QuantizedLayer) and bits.any:
-            _insert(layer, config, bits)
+        if not isinstance(layer, QuantizedLayer) and planned[name].any:
+            _check_supported(name, layer)
+        elif isinstance(layer, QuantizedLayer) and layer.quant_config != config:
+            differences = config_differences(layer.quant_config.to_dict(), config.to_dict())
+            raise ValueError(f"the module is quantized already, and otherwise: {differences}. Begin with a new one")
+    shared: dict[nn.Parameter, WeightQuantizer] = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, QuantizedLayer) and planned[name].any:
+            _insert(name, layer, config, planned[name], shared)
+    for name, child in module.named_modules():
+        _tell_of_attention(name, child)
     return module
 
 
-def _insert(layer: nn.Module, config: QuantConfig, bits: _LayerBits) -> None:
+def _check_supported(name: str, layer: nn.Module) -> None:
+    """Refuse a layer whose weight is not a parameter that is there.
+
+    Raises:
+        ValueError: If it is not; the message says how to leave the layer out.
+    """
+    leave_out = f"Leave it out with LayerRule(pattern='{name}', weight_bits=None, activation_bits=None)"
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"layer '{name}' computes its weight from other parameters (a parametrization, weight norm or spectral norm),"
+            f" which is not supported. {leave_out}, or remove the parametrization first."
+        )
+    if is_lazy(weight):
+        raise ValueError(
+            f"layer '{name}' is lazy and has no weight yet: run a batch through the model first. {leave_out}."
+        )
+    if isinstance(layer, nn.Embedding) and layer.sparse:
+        raise ValueError(
+            f"layer '{name}' has sparse gradients, quantization has none. {leave_out}, or set sparse=False."
+        )
+
+
+def _tell_of_attention(name: str, module: nn.Module) -> None:
+    """Name what stays in full precision, and keep evaluation on the path that calls the quantized layers."""
+    if isinstance(module, nn.MultiheadAttention):
+        warnings.warn(
+            f"The projections of MultiheadAttention '{name}' stay in full precision: it does not call them as layers.",
+            stacklevel=3,
+        )
+    if isinstance(module, nn.TransformerEncoderLayer) and not module._forward_pre_hooks:
+        # with a hook, evaluation does not take the fused path, which reads weights past their layers
+        module.linear1.register_forward_pre_hook(_off_the_fused_path)
+
+
+def _off_the_fused_path(module: nn.Module, args: tuple[object, ...]) -> None:
+    """A hook that does nothing."""
+
+
+def _insert(
+    name: str, layer: nn.Module, config: QuantConfig, bits: _LayerBits, shared: dict[nn.Parameter, WeightQuantizer]
+) -> None:
     layer.__class__ = quantized_class(type(layer))
     assert isinstance(layer, QuantizedLayer)
+    layer.quant_config = config
     layer.weight_quantizer = layer.input_quantizer = None
     if bits.weight is not None:
-        layer.weight_quantizer = WeightQuantizer(
-            bits.weight,
-            layer.weight,
-            granularity=config.weight_granularity,
-            channel_dim=output_channel_dim(layer),
-            method=config.weight_range,
-            pinned=bits.weight_pinned,
-        )
+        if layer.weight not in shared:
+            shared[layer.weight] = WeightQuantizer(
+                bits.weight,
+                layer.weight,
+                granularity=config.weight_granularity,
+                channel_dim=output_channel_dim(layer),
+                method=config.weight_range,
+                pinned=bits.weight_pinned,
+            )
+        layer.weight_quantizer = shared[layer.weight]
+        if layer.weight_quantizer.bits != bits.weight:
+            raise ValueError(
+                f"layer '{name}' shares its weight with another, so both have the same bits: rules set "
+                f"{layer.weight_quantizer.bits} and {bits.weight}"
+            )
     if bits.input is not None:
         layer.input_quantizer = InputQuantizer(
             bits.input, method=config.activation_range, device=layer.weight.device, pinned=bits.input_pinned
@@ -199,14 +266,12 @@ class QuantizedWeight(NamedTuple):
 
 def quantized_weights(module: nn.Module, max_bits: int = 8) -> list[QuantizedWeight]:
     """The weights of a model that are quantized to at most ``max_bits`` bits."""
-    return [
-        QuantizedWeight(name, layer.weight, layer.weight_quantizer)
-        for name, layer in quantized_layers(module).items()
-        if layer.weight_quantizer is not None
-        and layer.weight_quantizer.active
-        and layer.weight_quantizer.bits is not None
-        and layer.weight_quantizer.bits <= max_bits
-    ]
+    found: dict[WeightQuantizer, QuantizedWeight] = {}
+    for name, layer in quantized_layers(module).items():
+        q = layer.weight_quantizer
+        if q is not None and q.active and q.bits is not None and q.bits <= max_bits:
+            found.setdefault(q, QuantizedWeight(name, layer.weight, q))
+    return list(found.values())
 
 
 def oscillation_states(module: nn.Module) -> dict[str, OscillationState]:
@@ -218,19 +283,21 @@ def oscillation_states(module: nn.Module) -> dict[str, OscillationState]:
 
     Returns:
         Layer name -> state, with ``weight_int``, ``frequency``, ``ema_int`` and ``frozen``, each of the weight's shape.
+        Where several layers share a weight, the name is that of the first.
     """
-    return {
-        name: layer.weight_quantizer.oscillation
-        for name, layer in quantized_layers(module).items()
-        if layer.weight_quantizer is not None and layer.weight_quantizer.oscillation is not None
-    }
+    states: dict[OscillationState, str] = {}
+    for name, layer in quantized_layers(module).items():
+        if layer.weight_quantizer is not None and layer.weight_quantizer.oscillation is not None:
+            states.setdefault(layer.weight_quantizer.oscillation, name)
+    return {name: state for state, name in states.items()}
+
+
+def quantizers(module: nn.Module) -> list[Quantizer]:
+    """The quantizers of a model, each once, in the order of its layers."""
+    both = [q for layer in quantized_layers(module).values() for q in (layer.weight_quantizer, layer.input_quantizer)]
+    return list(dict.fromkeys(q for q in both if q is not None))
 
 
 def scale_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The learned scales of a model, in the order of its layers."""
-    return [
-        quantizer.scale
-        for layer in quantized_layers(module).values()
-        for quantizer in (layer.weight_quantizer, layer.input_quantizer)
-        if quantizer is not None
-    ]
+    return [quantizer.scale for quantizer in quantizers(module)]

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -72,6 +74,62 @@ def test_contradictory_rules():
 def test_nothing_to_quantize():
     with pytest.raises(ValueError, match="no layer to quantize"):
         quantize_model(nn.ReLU(), QuantConfig())
+
+
+def test_unsupported_layers_are_named_with_the_way_to_leave_them_out():
+    for make, words in (
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "computes its weight from other parameters"),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), "computes its weight from other parameters"),
+        (lambda: nn.LazyLinear(4), "is lazy"),
+        (lambda: nn.Embedding(4, 4, sparse=True), "sparse gradients"),
+    ):
+        net = Net()
+        net.odd = make()
+        with pytest.raises(ValueError, match=f"layer 'odd' .*{words}.*LayerRule"):
+            quantize_model(net, QuantConfig())
+        assert not quantized_layers(net)  # nothing half done
+        quantize_model(net, QuantConfig(rules=(LayerRule("odd", weight_bits=None, activation_bits=None),)))
+        assert len(quantized_layers(net)) == 4
+
+
+def test_attention_is_named_and_the_fused_path_avoided():
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    with pytest.warns(UserWarning, match="'self_attn' stay in full precision"):
+        quantize_model(block, QuantConfig(3, None, first_last_bits=None))
+    assert list(quantized_layers(block)) == ["linear1", "linear2"]
+    for layer in quantized_layers(block).values():
+        layer.weight_quantizer.calibrate(layer.weight)
+    x = torch.randn(2, 5, 8)
+    with_gradient = block.eval()(x)
+    with torch.no_grad():
+        assert torch.allclose(block(x), with_gradient, atol=1e-5)
+    assert pickle.loads(pickle.dumps(block)).linear1.weight_quantizer.bits == 3
+
+
+def test_layers_that_share_a_weight_share_its_quantizer():
+    net = Net()
+    net.output = nn.Linear(4, 10, bias=False)
+    net.output.weight = net.embed.weight
+    quantize_model(net, QuantConfig(3, None, first_last_bits=None))
+    assert net.output.weight_quantizer is net.embed.weight_quantizer
+    for layer in quantized_layers(net).values():
+        layer.weight_quantizer.calibrate(layer.weight)
+    assert [w.name for w in quantized_weights(net)] == ["embed", "features.a", "features.b", "head"]
+    net.embed.weight_quantizer.start_tracking(net.embed.weight)
+    assert list(oscillation_states(net)) == ["embed"]
+    assert len(scale_parameters(net)) == 4
+    other = Net()
+    other.output = nn.Linear(4, 10, bias=False)
+    other.output.weight = other.embed.weight
+    with pytest.raises(ValueError, match="'output' shares its weight"):
+        quantize_model(other, QuantConfig(rules=(LayerRule("output", weight_bits=8),)))
+
+
+def test_another_configuration_is_refused():
+    net = Net()
+    quantize_model(net, QuantConfig(3, 4))
+    with pytest.raises(ValueError, match="weight_bits: 3 before, 2 now; activation_bits: 4 before, 8 now"):
+        quantize_model(net, QuantConfig(2, 8))
 
 
 class NetworkInMetric(Metric):

@@ -9,10 +9,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
 from lightning_qat_osc.surgery import QuantizedWeight, quantized_weights
 
-__all__ = ["check_number", "check_share", "is_log_step", "owned_by", "require_quantization", "run_schedule"]
+__all__ = ["check_number", "check_share", "is_log_step", "owned_by", "require_quantization", "run_length"]
 
 
 def check_number(name: str, value: float, *, low: float, high: float = math.inf, low_open: bool = False) -> None:
@@ -62,26 +61,24 @@ def owned_by(optimizer: Optimizer, pl_module: pl.LightningModule, max_bits: int)
     return [w for w in quantized_weights(pl_module, max_bits) if id(w.weight) in owned]
 
 
-def run_schedule(trainer: pl.Trainer, what: str, initial_value: float, final_value: float, start: float) -> Schedule:
-    """A cosine from one value to the other over the optimizer steps of the run; constant where they are equal.
+def run_length(trainer: pl.Trainer, what: str) -> int:
+    """Optimizer steps of the whole run, as ``trainer.global_step`` counts them.
 
     To be called once training has begun: asking a Trainer for its number of steps sets up the training data, and before
     a checkpoint's loops are restored that loses the state of a stateful loader.
 
     Raises:
-        MisconfigurationException: If the run has no known end.
+        MisconfigurationException: If the run has no known end; ``what`` says what is annealed over it.
     """
-    if initial_value == final_value:
-        return constant(final_value)
     steps = trainer.estimated_stepping_batches
-    if steps > 0 and not trainer.lightning_module.automatic_optimization and trainer.max_steps == -1:
-        steps *= len(trainer.optimizers)  # global_step counts the steps of all of them
     if not 0 <= steps < math.inf:  # -1 for a loader without a length
         raise MisconfigurationException(
             f"{what} is annealed over the run, whose number of optimizer steps is not known: set "
             "Trainer(max_steps=...), or Trainer(max_epochs=..., limit_train_batches=...) for a loader without a length."
         )
-    return cosine_anneal(initial_value, final_value, max(1, int(steps)), start)
+    if not trainer.lightning_module.automatic_optimization and trainer.max_steps == -1:
+        steps *= len(trainer.optimizers)  # global_step counts the steps of all of them
+    return max(1, int(steps))
 
 
 def is_log_step(trainer: pl.Trainer) -> bool:

@@ -1,4 +1,4 @@
-"""Updates of the learned scales: an Adam of their own inside the user's optimizer step."""
+"""Updates of the learned scales: an Adam of their own beside the user's optimizer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import LBFGS, Adam, Optimizer
 
+from lightning_qat_osc.quantizers import Quantizer
 from lightning_qat_osc.surgery import quantized_layers
 
 __all__ = ["ScaleUpdates"]
@@ -19,38 +20,43 @@ class _LogSteps:
 
     A scale is a positive factor of any magnitude, so its steps are relative: Adam sees ds/d(log s) = s times the
     gradient, and no step can turn a grid around. Source of learning the logarithm: TQT, arXiv 1903.08066.
+
+    Args:
+        quantizers: The quantizers whose scales to move.
+        optimizer: The user's optimizer, whose schedule the learning rate follows.
+        learning_rate: Adam's learning rate while the user's is at its peak.
     """
 
-    def __init__(self, scales: list[nn.Parameter], learning_rate: float) -> None:
-        self.scales = scales
-        self.learning_rate = learning_rate
-        self._steps = [nn.Parameter(torch.zeros_like(scale)) for scale in scales]
+    def __init__(self, quantizers: list[Quantizer], optimizer: Optimizer, learning_rate: float) -> None:
+        self.quantizers = quantizers
+        self._optimizer = optimizer
+        self._learning_rate = learning_rate
+        group = optimizer.param_groups[0]
+        self._peak = max(float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
+        self._steps = [nn.Parameter(torch.zeros_like(q.scale)) for q in quantizers]
         self.adam = Adam(self._steps, lr=learning_rate)
 
-    def step(self, before: list[Tensor], schedule: float) -> None:
-        """Move the scales from ``before`` by their gradients, with ``schedule`` times the learning rate."""
-        self.adam.param_groups[0]["lr"] = schedule * self.learning_rate
-        for scale, start, step in zip(self.scales, before, self._steps):
+    def step(self) -> None:
+        """Move the scales by the gradients that were taken for them."""
+        now = float(self._optimizer.param_groups[0]["lr"])
+        share = min(1.0, now / self._peak) if self._peak > 0.0 else 1.0
+        self.adam.param_groups[0]["lr"] = share * self._learning_rate
+        for q, step in zip(self.quantizers, self._steps):
             step.zero_()
-            step.grad = None if scale.grad is None else scale.grad * start
+            step.grad = None if q.scale_grad is None else q.scale_grad * q.scale
+            q.scale_grad = None
         self.adam.step()
-        for scale, start, step in zip(self.scales, before, self._steps):
-            scale.copy_(start * step.exp())
-
-
-def _schedule(optimizer: Optimizer) -> float:
-    """Share of its peak learning rate at which a scheduler holds an optimizer now; 1 without a scheduler."""
-    group = optimizer.param_groups[0]
-    peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
-    return float(group["lr"] / peak) if peak else 1.0
+        for q, step in zip(self.quantizers, self._steps):
+            q.scale.mul_(step.exp())
 
 
 class ScaleUpdates:
     """Moves the scales with an Adam of their own, whatever optimizer the user has.
 
-    The scales are parameters of the user's optimizer, so ``zero_grad``, gradient unscaling and clipping reach them;
-    they are added to its first group if it was built without them, which no learning-rate scheduler notices. What that
-    optimizer does to them, weight decay included, is undone after its step, and Adam's step is made instead.
+    The scales are parameters of the user's optimizer, so ``zero_grad`` and the unscaling of gradients reach them; they
+    are added to its first group if it was built without them, which no learning-rate scheduler notices. Before its step
+    their gradients are taken out of its sight: it leaves alone what has no gradient, its weight decay included, and the
+    norm by which the weights' gradients are clipped is theirs alone. After its step Adam's is made.
 
     Args:
         optimizers: The user's optimizers.
@@ -58,40 +64,41 @@ class ScaleUpdates:
         learning_rate: Adam's, for the logarithm of a scale. It follows the schedule of the optimizer's first group.
 
     Raises:
-        MisconfigurationException: If an optimizer is L-BFGS, whose line search moves all parameters as one.
+        MisconfigurationException: If an optimizer is L-BFGS, which evaluates the loss several times a step.
     """
 
     def __init__(self, optimizers: list[Optimizer], module: nn.Module, learning_rate: float) -> None:
         for optimizer in optimizers:
             if isinstance(optimizer, LBFGS):
                 raise MisconfigurationException(
-                    "LBFGS searches along one direction for all parameters, so learned scales cannot have steps of "
+                    "LBFGS evaluates the loss several times a step, in which scales and oscillations have no step of "
                     "their own: use a first-order optimizer such as SGD or AdamW."
                 )
         owned = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
-        scales: list[list[nn.Parameter]] = [[] for _ in optimizers]
+        owner: dict[Quantizer, int] = {}
         for layer in quantized_layers(module).values():
-            owner = next((i for i, ids in enumerate(owned) if id(layer.weight) in ids), 0)
-            for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-                if quantizer is not None:
-                    scales[owner].append(quantizer.scale)
+            index = next((i for i, ids in enumerate(owned) if id(layer.weight) in ids), 0)
+            for q in (layer.weight_quantizer, layer.input_quantizer):
+                if q is not None:
+                    owner.setdefault(q, index)
         self._updates: dict[Optimizer, _LogSteps] = {}
-        self._before: dict[Optimizer, list[Tensor]] = {}
-        for optimizer, ids, own in zip(optimizers, owned, scales):
-            if own:
-                optimizer.param_groups[0]["params"] += [s for s in own if id(s) not in ids]
-                self._updates[optimizer] = _LogSteps(own, learning_rate)
+        for i, (optimizer, ids) in enumerate(zip(optimizers, owned)):
+            own = [q for q, index in owner.items() if index == i]
+            if own and optimizer.param_groups:  # Lightning's stand-in for no optimizer has none
+                optimizer.param_groups[0]["params"] += [q.scale for q in own if id(q.scale) not in ids]
+                self._updates[optimizer] = _LogSteps(own, optimizer, learning_rate)
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Remember the scales that a step of the user's optimizer is about to move."""
+        """Take the gradients of the scales out of the optimizer's sight."""
         if optimizer in self._updates:
-            self._before[optimizer] = [scale.detach().clone() for scale in self._updates[optimizer].scales]
+            for q in self._updates[optimizer].quantizers:
+                q.scale_grad, q.scale.grad = q.scale.grad, None
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
-        """Undo what the user's optimizer did to its scales, and make Adam's step with the same gradients."""
+        """Make Adam's step."""
         if optimizer in self._updates:
-            self._updates[optimizer].step(self._before.pop(optimizer), _schedule(optimizer))
+            self._updates[optimizer].step()
 
     def state_dict(self) -> list[dict[str, Any]]:
         """States of the Adams, in the order of the user's optimizers."""

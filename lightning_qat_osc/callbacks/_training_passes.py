@@ -7,7 +7,7 @@ import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
@@ -28,6 +30,7 @@ __all__ = ["ForwardFn", "can_run_training_step", "training_batches", "training_p
 ForwardFn = Callable[[pl.LightningModule, Any], object]
 """Takes the LightningModule and a batch on its device, and runs the network on it."""
 
+_METRIC_BOOKKEEPING = ("_update_count", "_computed", "_forward_cache")
 _SEED = 0  # the same batches at each evaluation, so that epochs differ by their weights alone
 
 
@@ -62,9 +65,18 @@ def _fixed_rng(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _metric_state(metric: Metric) -> dict[str, Any]:
-    names = [*metric.metric_state, "_update_count", "_computed", "_forward_cache"]
-    return {name: copy.deepcopy(getattr(metric, name)) for name in names}
+@contextmanager
+def _working_copy(metric: Metric) -> Iterator[None]:
+    """Let a metric work on copies of its states, and put the originals back."""
+    originals = {name: getattr(metric, name) for name in (*metric.metric_state, *_METRIC_BOOKKEEPING)}
+    for name in metric.metric_state:
+        state = originals[name]
+        setattr(metric, name, state.detach().clone() if isinstance(state, Tensor) else list(state))
+    try:
+        yield
+    finally:
+        for name, value in originals.items():
+            setattr(metric, name, value)
 
 
 @contextmanager
@@ -72,18 +84,18 @@ def _restored_state(module: torch.nn.Module) -> Iterator[None]:
     """Put back modes, metrics and all buffers but batch-norm statistics, of which re-estimation takes care."""
     statistics = {id(b) for bn in batch_norm_layers(module).values() for b in bn.buffers(recurse=False)}
     buffers = [(b, b.clone()) for b in module.buffers() if id(b) not in statistics]
-    metrics = [(m, _metric_state(m)) for m in module.modules() if isinstance(m, Metric)]
     modes = [(m, m.training) for m in module.modules()]
     try:
-        yield
+        with ExitStack() as metrics:
+            for m in module.modules():
+                if isinstance(m, Metric):
+                    metrics.enter_context(_working_copy(m))
+            yield
     finally:
         for m, training in modes:
             m.training = training
         for buffer, value in buffers:
             buffer.copy_(value)
-        for metric, state in metrics:
-            for name, value in state.items():
-                setattr(metric, name, value)
 
 
 @contextmanager
@@ -93,7 +105,9 @@ def without_side_effects(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     Compiled modules run eagerly, so that hooks on their layers fire.
     """
     eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
-    with torch.no_grad(), _fixed_rng(_SEED), _restored_state(pl_module), eager, warnings.catch_warnings():
+    # validation may run in inference mode, whose tensors training could not use again
+    modes = torch.inference_mode(False), torch.no_grad()
+    with modes[0], modes[1], _fixed_rng(_SEED), _restored_state(pl_module), eager, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*You are trying to `self.log\\(\\)`.*")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         pl_module.trainer = _QuietTrainer(trainer)  # type: ignore[assignment]
@@ -131,7 +145,9 @@ def training_pass(
             "`training_step` cannot be run on its own under manual optimization or with a `dataloader_iter`: "
             "give `forward_fn`, a function of the LightningModule and a batch that runs the network."
         )
-    takes_index = len(inspect.signature(pl_module.training_step).parameters) > 1
+    kinds = [p.kind for p in inspect.signature(pl_module.training_step).parameters.values()]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    takes_index = sum(kind in positional for kind in kinds) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
 
     def run_step(batch: Any) -> object:
         return trainer.strategy.training_step(*((batch, 0) if takes_index else (batch,)))
@@ -180,12 +196,22 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 
 def _train_dataloaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    """The loaders that training uses, as the Trainer prepared them, or else as their author returns them; or None."""
+    """The loaders that training uses, as the Trainer prepared them, or else as their author returns them; or None.
+
+    Outside fit the author's hooks may fail: that is then told, and there are none.
+    """
     if trainer.train_dataloader is not None:
         return trainer.train_dataloader
     for source in (trainer.datamodule, pl_module):  # type: ignore[attr-defined]
-        if source is not None and is_overridden("train_dataloader", source):
+        if source is None or not is_overridden("train_dataloader", source):
+            continue
+        try:
+            if source is not pl_module:
+                source.setup("fit")  # this run's own stage may not have made the training data
             return source.train_dataloader()
+        except Exception as error:
+            name = type(source).__name__
+            rank_zero_warn(f"{name}.train_dataloader failed outside fit: {type(error).__name__}: {error}")
     return None
 
 

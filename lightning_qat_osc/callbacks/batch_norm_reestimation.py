@@ -61,6 +61,10 @@ class BatchNormReestimation(pl.Callback):
         """Check that ``training_step`` can be run, and note which layers it may be for."""
         require_quantization(trainer, self)
         self._note_trained(pl_module)
+        if stage != "fit" and not self._trained:
+            self._trained = batch_norm_layers(
+                pl_module
+            )  # the module as a whole is in evaluation mode: nothing is frozen
         if self._trained and self.forward_fn is None and not can_run_training_step(pl_module):
             raise MisconfigurationException(
                 "BatchNormReestimation cannot run this module's `training_step` on its own (manual optimization, or a "

@@ -8,10 +8,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_qat_osc.callbacks._oscillation import check_number, check_share, is_log_step, owned_by, run_schedule
+from lightning_qat_osc.callbacks._oscillation import check_number, check_share, is_log_step, owned_by, run_length
 from lightning_qat_osc.callbacks.oscillation_tracking import TracksOscillation
 from lightning_qat_osc.oscillation import add_frozen_scale_gradient
-from lightning_qat_osc.schedules import Schedule, constant
+from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
 from lightning_qat_osc.surgery import quantized_weights
 
 __all__ = ["IterativeFreezing"]
@@ -78,19 +78,18 @@ class IterativeFreezing(TracksOscillation):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the history of every weight, and lay the schedule over the run."""
         super().on_train_start(trainer, pl_module)
-        self._schedule = run_schedule(
-            trainer, "The freezing threshold", self.threshold, self.final_threshold, self.anneal_start
-        )
-        annealed = self.threshold != self.final_threshold
-        self._first_step = self.anneal_start * trainer.estimated_stepping_batches if annealed else 0.0
+        if self.threshold != self.final_threshold:
+            steps = run_length(trainer, "The freezing threshold")
+            self._schedule = cosine_anneal(self.threshold, self.final_threshold, steps, self.anneal_start)
+            self._first_step = self.anneal_start * steps
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Hand the gradient of frozen weights on to their scale."""
         for _, weight, q in owned_by(optimizer, pl_module, self.max_bits):
-            if q.oscillation is not None and weight.grad is not None and q.scale.grad is not None:
-                add_frozen_scale_gradient(q.oscillation, weight.grad, q.scale.grad)
+            if q.oscillation is not None and weight.grad is not None and q.scale_grad is not None:
+                add_frozen_scale_gradient(q.oscillation, weight.grad, q.scale_grad)
 
     def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         super()._after_step(trainer, pl_module, optimizer)

@@ -14,11 +14,11 @@ from lightning_qat_osc.callbacks._oscillation import (
     is_log_step,
     owned_by,
     require_quantization,
-    run_schedule,
+    run_length,
 )
 from lightning_qat_osc.config import check_choice
 from lightning_qat_osc.regularizers import Aggregation, dampening_gradient, dampening_loss
-from lightning_qat_osc.schedules import Schedule, constant
+from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
 from lightning_qat_osc.surgery import quantized_weights
 
 __all__ = ["OscillationDampening"]
@@ -73,9 +73,9 @@ class OscillationDampening(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lay the schedule over the run."""
-        self._schedule = run_schedule(
-            trainer, "The dampening weight", self.initial_weight, self.final_weight, self.anneal_start
-        )
+        if self.initial_weight != self.final_weight:
+            steps = run_length(trainer, "The dampening weight")
+            self._schedule = cosine_anneal(self.initial_weight, self.final_weight, steps, self.anneal_start)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

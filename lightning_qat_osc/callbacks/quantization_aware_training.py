@@ -25,11 +25,16 @@ from lightning_qat_osc.callbacks._training_passes import (
     training_pass,
     without_side_effects,
 )
-from lightning_qat_osc.config import LayerRule, QuantConfig
+from lightning_qat_osc.config import Granularity, LayerRule, QuantConfig, config_differences
 from lightning_qat_osc.plan import format_plan, quantization_plan
-from lightning_qat_osc.quantizers import Granularity
 from lightning_qat_osc.ranges import RangeMethod
-from lightning_qat_osc.surgery import quantizable_layers, quantize_model, quantized_layers, unquantized_layers
+from lightning_qat_osc.surgery import (
+    quantizable_layers,
+    quantize_model,
+    quantized_layers,
+    quantizers,
+    unquantized_layers,
+)
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -43,9 +48,12 @@ class QuantizationAwareTraining(pl.Callback):
     mode; the first and last layer are found by the order in which these execute the layers. The scales are then learned
     with an Adam of their own, without weight decay, inside the step of whatever optimizer the module configures.
 
-    Put it first among the callbacks of this package, and before callbacks that copy the model in ``setup``, such as
-    WeightAveraging. Under manual optimization, without ``forward_fn``, the ranges come from the first
+    Attributes that a ``training_step`` sets by itself, such as a list of outputs, see the calibration batches too,
+    unless ``forward_fn`` is given. Under manual optimization, without ``forward_fn``, the ranges come from the first
     ``calibration_batches`` training steps themselves, which run in full precision.
+
+    Put it first among the callbacks of this package, and before callbacks that copy the model in ``setup``, such as
+    WeightAveraging.
 
     Args:
         weight_bits: Bits of the weights, 2 to 8. None leaves them in full precision.
@@ -134,7 +142,7 @@ class QuantizationAwareTraining(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Initialise the ranges, unless a checkpoint brought them."""
-        if all(q.calibrated for q in _quantizers(pl_module)):
+        if all(q.calibrated for q in quantizers(pl_module) if q.bits is not None):
             return
         calibrator = Calibrator(pl_module, self.config)
         if self.forward_fn is None and not can_run_training_step(pl_module):
@@ -166,7 +174,7 @@ class QuantizationAwareTraining(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Remember the scales: the user's optimizer is not to move them."""
+        """Take the scales' gradients out: the user's optimizer is not to move or clip by them."""
         if self._scale_updates is not None:
             self._scale_updates.before_step(optimizer)
 
@@ -202,7 +210,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._say_if_uncalibrated(pl_module)
 
     def _say_if_uncalibrated(self, pl_module: pl.LightningModule) -> None:
-        if not any(q.calibrated for q in _quantizers(pl_module)):
+        if not any(q.calibrated for q in quantizers(pl_module)):
             rank_zero_warn(
                 "The quantizers have no ranges yet, so this runs in full precision: fit, or load a checkpoint."
             )
@@ -225,7 +233,7 @@ class QuantizationAwareTraining(pl.Callback):
         """The configuration, and the state of the scales' Adam. The ranges are in the module's state."""
         updates = self._scale_updates
         return {
-            "config": _plain(self.config),
+            "config": self.config.to_dict(),
             "scale_updates": self._saved_scale_updates if updates is None else updates.state_dict(),
         }
 
@@ -235,28 +243,13 @@ class QuantizationAwareTraining(pl.Callback):
         Raises:
             ValueError: If it is not; the message says what differs.
         """
-        saved, own = state_dict["config"], _plain(self.config)
-        if saved != own:
-            differing = [
-                f"{k}: {saved.get(k)!r} in the checkpoint, {own[k]!r} here" for k in own if saved.get(k) != own[k]
-            ]
-            raise ValueError(f"the checkpoint is of another quantization: {'; '.join(differing)}")
+        differences = config_differences(state_dict["config"], self.config.to_dict())
+        if differences:
+            raise ValueError(f"the checkpoint is of another quantization: {differences}")
         if self._scale_updates is None:
             self._saved_scale_updates = state_dict["scale_updates"]
         elif state_dict["scale_updates"] is not None:
             self._scale_updates.load_state_dict(state_dict["scale_updates"])
-
-
-def _quantizers(pl_module: pl.LightningModule) -> list[Any]:
-    """Quantizers that have or wait for a range."""
-    layers = quantized_layers(pl_module).values()
-    both = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer)]
-    return [q for q in both if q is not None and q.bits is not None]
-
-
-def _plain(config: QuantConfig) -> dict[str, Any]:
-    """A configuration as it comes back from a file."""
-    return {**asdict(config), "rules": [asdict(rule) for rule in config.rules]}
 
 
 @rank_zero_only

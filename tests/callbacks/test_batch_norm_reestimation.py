@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import ConvModule, Data, dataset, loader, trainer
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, RandomSampler
+from torchmetrics import MeanMetric
 
 from lightning_qat_osc import BatchNormReestimation, OscillationTracking, QuantizationAwareTraining, oscillation_states
 
@@ -79,6 +80,7 @@ class Busy(ConvModule):
     def __init__(self):
         super().__init__(dropout=0.3)
         self.register_buffer("seen", torch.zeros(()))
+        self.loss_forward, self.loss_update = MeanMetric(), MeanMetric()
         self.trained_on = []
 
     def on_train_batch_start(self, batch, batch_idx):
@@ -87,7 +89,10 @@ class Busy(ConvModule):
     def training_step(self, batch, batch_idx):
         self.seen += 1
         noisy = batch[0] + 0.1 * torch.randn_like(batch[0])
-        return super().training_step((noisy, batch[1]), batch_idx)
+        loss = super().training_step((noisy, batch[1]), batch_idx)
+        self.log("mean_loss", self.loss_forward(loss))  # torchmetrics keeps this tensor with its graph
+        self.loss_update.update(loss)
+        return loss
 
 
 def shuffled(persistent=False, generator=False):
@@ -112,6 +117,8 @@ def test_training_is_the_same_with_and_without(data):
         t.fit(module, train, loader(16))
         runs.append(module)
     without, with_it = runs
+    assert with_it.loss_update.compute() == without.loss_update.compute()
+    assert with_it.loss_forward.update_count == without.loss_forward.update_count
     assert torch.equal(torch.cat(without.trained_on), torch.cat(with_it.trained_on))
     assert with_it.seen.item() == len(with_it.trained_on) == 16
     for (name, a), b in zip(without.named_parameters(), with_it.parameters()):
@@ -159,6 +166,76 @@ def test_divergence_is_logged(tmp_path):
         layers = [float(row[f"batch_norm/divergence/{name}"]) for name in ("bn1", "bn2")]
         assert float(row["batch_norm/divergence"]) == pytest.approx(max(layers))
         assert min(layers) > 0
+
+
+def test_validate_and_then_fit_with_metrics():
+    module, data = Busy(), Data()
+    t = trainer([qat(), BatchNormReestimation(num_batches=2)])
+    t.fit(module, data)
+    t.validate(module, data, verbose=False)
+    trainer([qat(), BatchNormReestimation(num_batches=2)]).fit(module, data)
+    assert module.loss_update.compute().isfinite()
+
+
+def test_a_datamodule_that_sets_up_by_stage():
+    class ByStage(Data):
+        def setup(self, stage):
+            if stage == "fit":
+                self.train_set = loader()
+
+        def train_dataloader(self):
+            return self.train_set
+
+    module = ConvModule()
+    trainer([qat()], max_epochs=1).fit(module, ByStage())
+    mean = module.bn1.running_mean.clone()
+    trainer([qat(), BatchNormReestimation()]).test(module, ByStage(), verbose=False)
+    assert not torch.equal(module.bn1.running_mean, mean)
+
+
+def test_training_data_that_cannot_be_made_outside_fit_is_told():
+    class OnlyInFit(Data):
+        def train_dataloader(self):
+            if not self.trainer.training:
+                raise AttributeError("no train_set")
+            return super().train_dataloader()
+
+    module = ConvModule()
+    trainer([qat()], max_epochs=1).fit(module, OnlyInFit())
+    mean = module.bn1.running_mean.clone()
+    with (
+        pytest.warns(UserWarning, match="AttributeError: no train_set"),
+        pytest.warns(UserWarning, match="statistics stay as they are"),
+    ):
+        trainer([qat(), BatchNormReestimation()]).test(module, OnlyInFit(), verbose=False)
+    assert torch.equal(module.bn1.running_mean, mean)
+
+
+def test_a_module_in_evaluation_mode_is_reestimated_before_test():
+    module = ConvModule()
+    trainer([qat()], max_epochs=1).fit(module, Data())
+    module.eval()
+    mean = module.bn1.running_mean.clone()
+    trainer([qat(), BatchNormReestimation()]).test(module, Data(), verbose=False)
+    assert not torch.equal(module.bn1.running_mean, mean)
+
+
+@pytest.mark.parametrize("signature", ["batch", "keywords", "star"])
+def test_signatures_of_training_step(signature):
+    class OneArgument(ConvModule):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    class Keywords(ConvModule):
+        def training_step(self, batch, **kwargs):
+            return super().training_step(batch, 0)
+
+    class Star(ConvModule):
+        def training_step(self, *args):
+            return super().training_step(*args)
+
+    module = {"batch": OneArgument, "keywords": Keywords, "star": Star}[signature]()
+    trainer([qat(), BatchNormReestimation(num_batches=2)], max_epochs=1).fit(module, Data())
 
 
 def test_frozen_batch_norm_stays():

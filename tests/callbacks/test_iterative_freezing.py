@@ -113,7 +113,7 @@ class Gradients(L.Callback):
             pl_module.labels,
         )
         loss.backward()
-        assert torch.allclose(q.scale.grad, s.grad, rtol=1e-3, atol=1e-5)
+        assert torch.allclose(q.scale_grad, s.grad, rtol=1e-3, atol=1e-5)
         assert torch.allclose(point.weight.grad, torch.where(state.frozen, 0.0, w.grad), rtol=1e-3, atol=1e-6)
         self.owed += 1
 

@@ -72,17 +72,24 @@ def test_a_run_equals_one_with_the_printed_loss(aggregation, clip):
 
 
 def test_added_once_a_step_under_accumulation():
-    added = []
+    looks, expected = [], []
 
     class Look(L.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            added.append(pl_module.depthwise.weight.grad.clone())
+            weight, q = pl_module.depthwise.weight, pl_module.depthwise.weight_quantizer
+            looks.append(weight.grad.clone())
+            w = weight.detach().clone().requires_grad_()
+            w_q = q(w).detach()
+            ((w_q - torch.clamp(w, q.scale.detach() * -4, q.scale.detach() * 3)) ** 2).sum().backward()
+            expected.append(0.5 * w.grad)
 
     first, second = Look(), Look()
     callback = OscillationDampening(final_weight=0.5, initial_weight=0.5)
     trainer([qat(), first, callback, second], accumulate_grad_batches=4, max_epochs=1).fit(ConvModule(), Data())
-    assert len(added) == 4
-    assert not torch.equal(added[0], added[1])
+    assert len(looks) == 4
+    for before, after, added in zip(looks[::2], looks[1::2], expected[::2]):
+        assert torch.allclose(after - before, added, rtol=1e-4, atol=1e-6)
+        assert added.abs().max() > 1e-3
 
 
 def test_logs(tmp_path):

@@ -4,14 +4,23 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import ConvModule, Data, loader, trainer
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_avg_fn
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_qat_osc import LayerRule, QuantConfig, QuantizationAwareTraining, quantize_model
-from lightning_qat_osc.surgery import quantized_layers, scale_parameters
+from lightning_qat_osc import (
+    LayerRule,
+    OscillationTracking,
+    QuantConfig,
+    QuantizationAwareTraining,
+    quantize_model,
+)
+from lightning_qat_osc.surgery import quantized_layers, quantizers, scale_parameters
 
 
 def qat(**kwargs):
@@ -108,7 +117,8 @@ class Watch(L.Callback):
         self.gradients, self.values = [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.gradients.append([s.grad.clone() for s in scale_parameters(pl_module)])
+        assert all(s.grad is None for s in scale_parameters(pl_module))
+        self.gradients.append([q.scale_grad.clone() for q in quantizers(pl_module)])
         if not self.values:
             self.values.append(scales(pl_module))
 
@@ -131,6 +141,55 @@ def test_scales_take_adams_steps_whatever_the_optimizer_and_its_decay(optimizer)
     assert len(watch.gradients) == 16
 
 
+def test_the_norm_that_clips_the_weights_is_theirs_alone():
+    norms = []
+
+    class Norms(ConvModule):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            norms.append(torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+        def on_before_zero_grad(self, optimizer):
+            weights = [p.grad for n, p in self.named_parameters() if p.grad is not None and "quantizer" not in n]
+            if weights:
+                norms.append(torch.nn.utils.get_total_norm(weights))
+
+    trainer([qat()], gradient_clip_val=0.5, max_epochs=1).fit(Norms(), Data())
+    for unclipped, clipped in zip(norms[::2], norms[1::2]):
+        assert clipped.item() == pytest.approx(min(0.5, unclipped.item()), rel=1e-3)
+
+
+@pytest.mark.parametrize("scheduler", ["plateau", "cyclic", "warmup"])
+def test_scales_never_learn_faster_than_asked(scheduler):
+    class Scheduled(ConvModule):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+            kinds = torch.optim.lr_scheduler
+            if scheduler == "plateau":
+                schedule = kinds.ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=10.0)
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+            if scheduler == "cyclic":
+                schedule = kinds.CyclicLR(optimizer, 1e-4, 0.1, step_size_up=4)
+            else:
+                schedule = kinds.LambdaLR(optimizer, lambda step: min(1.0, step / 8))
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    watch, callback = Watch(), qat(scale_learning_rate=1e-3)
+    rates = []
+
+    class Rate(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            rates.append(callback.state_dict()["scale_updates"][0]["param_groups"][0]["lr"])
+
+    trainer([callback, watch, Rate()]).fit(Scheduled(), Data())
+    assert max(rates) <= 1e-3
+    if scheduler == "plateau":
+        assert rates[0] == pytest.approx(1e-3)
+        assert rates[-1] < 1e-3
+    if scheduler == "warmup":
+        assert rates[:9] == pytest.approx([1e-3 * min(1.0, t / 8) for t in range(9)])
+
+
 def test_scales_follow_the_schedule():
     class Decaying(ConvModule):
         def configure_optimizers(self):
@@ -151,11 +210,12 @@ def test_scale_learning_rate_of_zero_holds_the_ranges():
 
 
 class Busy(ConvModule):
-    """Logs, draws random numbers and updates a metric and a buffer in its training step."""
+    """Logs, draws random numbers and updates metrics and a buffer in its training step."""
 
     def __init__(self):
         super().__init__(dropout=0.3)
         self.accuracy = MulticlassAccuracy(3)
+        self.mean_loss = MeanMetric()
         self.register_buffer("steps", torch.zeros(()))
 
     def training_step(self, batch, batch_idx):
@@ -163,7 +223,9 @@ class Busy(ConvModule):
         self.logger.experiment.add_scalar("x", 1.0) if self.logger is not None else None
         logits = self(batch[0] + 0.01 * torch.randn_like(batch[0]))
         self.log("accuracy", self.accuracy(logits, batch[1]))
-        return F.cross_entropy(logits, batch[1])
+        loss = F.cross_entropy(logits, batch[1])
+        self.mean_loss.update(loss)
+        return loss
 
 
 def test_calibration_leaves_no_trace():
@@ -191,7 +253,7 @@ def test_calibration_leaves_no_trace():
     assert looks[1]["training"]
     changed = {k for k, v in looks[1]["state"].items() if not torch.equal(v, looks[0]["state"][k])}
     assert changed
-    assert all(k.endswith("_quantizer.scale") for k in changed)
+    assert all(k.endswith(("_quantizer.scale", "_quantizer.grid")) for k in changed)
 
 
 def test_training_goes_on_as_if_there_had_been_no_calibration():
@@ -306,6 +368,65 @@ def test_a_second_one_is_refused():
         trainer([qat(), qat()])
 
 
+def test_another_configuration_for_the_same_module_is_refused():
+    module = ConvModule()
+    trainer([qat()], max_steps=1).fit(module, Data())
+    with pytest.raises(ValueError, match=r"quantized already, and otherwise: weight_bits: 3 before, 2 now"):
+        trainer([qat(weight_bits=2)], max_steps=1).fit(module, Data())
+
+
+def test_an_optimizer_without_lightnings_wrapper():
+    class Raw(Manual):
+        def optimizers(self):
+            return super().optimizers(use_pl_optimizer=False)
+
+    trainer([qat()], max_epochs=1).fit(Raw(), Data())
+
+
+def test_no_optimizer_at_all():
+    class Without(ConvModule):
+        def configure_optimizers(self):
+            return None
+
+    with pytest.warns(UserWarning, match="no optimizer"):
+        trainer([qat()], max_epochs=1).fit(Without(), Data())
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_checkpoints_of_an_averaged_model_are_quantized(tmp_path, use_buffers):
+    averaging = WeightAveraging(avg_fn=get_ema_avg_fn(0.9), use_buffers=use_buffers)
+    tracking = OscillationTracking()
+    t = trainer([qat(), averaging, tracking, ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    t.fit(ConvModule(), Data())
+    loss = t.validate(t.lightning_module, Data(), verbose=False)[0]["val_loss"]
+    fresh = ConvModule()
+    with pytest.warns(UserWarning, match="outside the 'fit' stage"):
+        again = trainer([qat(), averaging.__class__(), tracking]).test(
+            fresh, Data(), ckpt_path=t.checkpoint_callback.best_model_path, verbose=False
+        )
+    assert all(q.active for q in quantizers(fresh) if q.bits is not None)
+    assert fresh.point.input_quantizer.quant_max == 7
+    if use_buffers:
+        assert again[0]["test_loss"] == pytest.approx(loss, rel=1e-3)
+
+
+def test_a_frozen_teacher_is_not_the_last_layer():
+    class Distilled(ConvModule):
+        def __init__(self):
+            super().__init__()
+            self.teacher = nn.Linear(36, 3).requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            target = self.teacher(batch[0].flatten(1)).softmax(1)
+            return super().training_step(batch, batch_idx) + F.cross_entropy(self(batch[0]), target) + target.sum() * 0
+
+    module = Distilled()
+    trainer([qat()], max_steps=1).fit(module, Data())
+    assert (module.stem.weight_quantizer.bits, module.head.weight_quantizer.bits) == (8, 8)
+    assert module.teacher.weight_quantizer.bits == 3
+
+
 def test_lbfgs_is_refused():
     class Lbfgs(ConvModule):
         def configure_optimizers(self):
@@ -320,7 +441,7 @@ def test_a_checkpoint_of_another_quantization_is_refused(tmp_path):
     t.fit(ConvModule(), Data())
     t.save_checkpoint(tmp_path / "a.ckpt")
     other = trainer([qat(weight_bits=4, rules=[LayerRule("head", weight_bits=6)])], max_epochs=3)
-    with pytest.raises(ValueError, match=r"weight_bits: 3 in the checkpoint, 4 here; rules"):
+    with pytest.raises(ValueError, match=r"another quantization: weight_bits: 3 before, 4 now; rules"):
         other.fit(ConvModule(), Data(), ckpt_path=tmp_path / "a.ckpt")
 
 
