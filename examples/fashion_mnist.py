@@ -96,12 +96,14 @@ def settings(epochs: int) -> list[Setting]:
         "scale_learning_rate": 1e-3,
         "momentum": 0.01,
         "dampening": {"final_weight": 2e-2},
-        "freezing": {"threshold": 0.04, "final_threshold": 0.01},
     }
+    # where the threshold begins: the paper's Table 5 for weights alone, its authors' scripts with activations
+    weights_only = {"threshold": 0.04, "final_threshold": 0.01}
+    with_activations = {"threshold": 0.1, "final_threshold": 0.01}
     return [
-        Setting("W3A3", weight_bits=3, activation_bits=3, **common),
-        Setting("W3", weight_bits=3, activation_bits=None, **common),
-        Setting("W2", weight_bits=2, activation_bits=None, **common),
+        Setting("W3A3", weight_bits=3, activation_bits=3, freezing=with_activations, **common),
+        Setting("W3", weight_bits=3, activation_bits=None, freezing=weights_only, **common),
+        Setting("W2", weight_bits=2, activation_bits=None, freezing=weights_only, **common),
     ]
 
 

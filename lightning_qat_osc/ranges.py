@@ -23,18 +23,21 @@ _HISTOGRAM_BINS = 2048
 _COARSE, _FINE = 40, 16  # candidates of the MSE search
 
 
+_BLOCK = 2**18  # elements whose search stays in the cache
+
+
 class _Weighted(NamedTuple):
-    """Values that each stand for a number of elements, in ascending order: ``values`` and ``counts`` are [G, m]."""
+    """Values that each stand for a number of elements, or for one: ``values`` and ``counts`` are [G, m]."""
 
     values: Tensor
-    counts: Tensor
+    counts: Tensor | None
 
 
 def _compress(x: Tensor) -> _Weighted:
-    """Long rows as a histogram of their bins' centres, short ones as their sorted elements. x: [G, n]."""
+    """Long rows as a histogram of their bins' centres, short ones as their elements. x: [G, n]."""
     groups, n = x.shape
     if n <= _HISTOGRAM_BINS:
-        return _Weighted(x.sort(dim=1).values, torch.ones_like(x))
+        return _Weighted(x, None)
     low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
     width = (high - low).clamp_min(torch.finfo(x.dtype).tiny) / _HISTOGRAM_BINS
     index = ((x - low) / width).to(torch.int64).clamp_(0, _HISTOGRAM_BINS - 1)
@@ -46,12 +49,14 @@ def _compress(x: Tensor) -> _Weighted:
 
 def _percentiles(weighted: _Weighted, tail: float) -> tuple[Tensor, Tensor]:
     """The values below and above which a share ``tail`` of the elements lies, each [G]."""
-    cumulative = weighted.counts.cumsum(dim=1)
+    values, order = weighted.values.sort(dim=1)
+    counts = torch.ones_like(values) if weighted.counts is None else weighted.counts.gather(1, order)
+    cumulative = counts.cumsum(dim=1)
     total = cumulative[:, -1:]
-    last = weighted.values.shape[1] - 1
+    last = values.shape[1] - 1
     low = torch.searchsorted(cumulative, tail * total).clamp_(max=last)
     high = torch.searchsorted(cumulative, (1.0 - tail) * total).clamp_(max=last)
-    return weighted.values.gather(1, low).squeeze(1), weighted.values.gather(1, high).squeeze(1)
+    return values.gather(1, low).squeeze(1), values.gather(1, high).squeeze(1)
 
 
 def _covering_scale(low: Tensor, high: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -64,7 +69,10 @@ def _mse(weighted: _Weighted, scale: Tensor, quant_min: int, quant_max: int) -> 
     """Sum of squared quantization errors of each row. scale: [G]."""
     s = scale.unsqueeze(1)
     error = (weighted.values / s).round_().clamp_(quant_min, quant_max).mul_(s).sub_(weighted.values)
-    return (error.square_() * weighted.counts).sum(dim=1)
+    error.square_()
+    if weighted.counts is not None:
+        error.mul_(weighted.counts)
+    return error.sum(dim=1)
 
 
 def _mse_scale(weighted: _Weighted, covering: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -116,7 +124,9 @@ def estimate_scale(x: Tensor, quant_min: int, quant_max: int, method: RangeMetho
         scale = _covering_scale(*_percentiles(_compress(x), _TAIL), quant_min, quant_max)
         return torch.where(scale > smallest, scale, covering)  # more than 99.9 % zeros
     if method == "mse":
-        return _mse_scale(_compress(x), covering, quant_min, quant_max)
+        rows = max(1, _BLOCK // x.shape[1])
+        blocks = zip(torch.split(x, rows), torch.split(covering, rows))
+        return torch.cat([_mse_scale(_compress(b), cover, quant_min, quant_max) for b, cover in blocks])
     raise ValueError(f"method must be 'mse', 'minmax', 'percentile' or 'lsq', got {method=}")
 
 

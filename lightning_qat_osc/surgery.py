@@ -183,7 +183,7 @@ def _check_supported(name: str, layer: nn.Module) -> None:
     weight = layer._parameters.get("weight")
     if weight is None:
         raise ValueError(
-            f"layer '{name}' computes its weight from other parameters (a parametrization, weight norm or spectral norm),"
+            f"layer '{name}' computes its weight from other parameters (a parametrization, weight or spectral norm),"
             f" which is not supported. {leave_out}, or remove the parametrization first."
         )
     if is_lazy(weight):
