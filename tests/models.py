@@ -50,6 +50,20 @@ class ConvModule(L.LightningModule):
         return kind(self.parameters(), lr=self.hparams.lr, weight_decay=self.hparams.weight_decay, **kwargs)
 
 
+class Manual(ConvModule):
+    """The same under manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
 def dataset(n: int = 64, seed: int = 0) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 3, (n,), generator=generator)

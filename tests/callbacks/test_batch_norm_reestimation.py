@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from models import ConvModule, Data, dataset, loader, trainer
+from models import ConvModule, Data, Manual, dataset, loader, trainer
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, RandomSampler
 from torchmetrics import MeanMetric
@@ -257,18 +257,6 @@ def test_evaluation_without_training_data_keeps_the_statistics():
     with pytest.warns(UserWarning, match="no training data"):
         trainer([qat(), BatchNormReestimation()]).validate(module, loader(16), verbose=False)
     assert torch.equal(module.bn1.running_mean, mean)
-
-
-class Manual(ConvModule):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
-        optimizer.step()
 
 
 def test_manual_optimization_takes_a_function():

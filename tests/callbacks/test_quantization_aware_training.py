@@ -6,7 +6,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from models import ConvModule, Data, loader, trainer
+from models import ConvModule, Data, Manual, loader, trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_avg_fn
@@ -304,18 +304,6 @@ def test_a_network_that_was_never_trained_gets_ranges_that_let_it_train():
     assert q.scale.item() * 7 > 0.5  # normalised values, not thousandths
     assert (look.gradients[0] != 0).any()
     assert module.bn1.num_batches_tracked.item() == 1
-
-
-class Manual(ConvModule):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-        optimizer.step()
 
 
 def test_manual_optimization_takes_its_ranges_from_the_first_steps():

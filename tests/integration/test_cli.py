@@ -18,7 +18,7 @@ CONFIG = ROOT / "examples" / "digits.yaml"
 
 
 def run(*arguments, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *arguments]
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -58,17 +58,21 @@ def test_the_complete_example(tmp_path):
 
 
 def test_callbacks_on_the_command_line(tmp_path):
-    run(
+    (tmp_path / "functions.py").write_text("def run(module, batch):\n    print('RAN')\n    module.network(batch[0])\n")
+    out = run(
         "fit", "--trainer.fast_dev_run=2", "--trainer.accelerator=cpu",
         "--trainer.callbacks+=lightning_qat_osc.QuantizationAwareTraining",
         "--trainer.callbacks.weight_bits=2",
         "--trainer.callbacks.activation_bits=null",
         "--trainer.callbacks+=lightning_qat_osc.IterativeFreezing",
         "--trainer.callbacks.threshold=0.05",
+        "--trainer.callbacks+=lightning_qat_osc.BatchNormReestimation",
+        "--trainer.callbacks.forward_fn=functions.run",
         "--optimizer=SGD",
         "--optimizer.lr=0.01",
         cwd=tmp_path,
     )  # fmt: skip
+    assert "RAN" in out
 
 
 @pytest.mark.parametrize(
