@@ -37,12 +37,16 @@ class Classifier(L.LightningModule):
 
     Args:
         network: Images in, logits out.
-        learning_rate: Of SGD with momentum 0.9, annealed to 0 by a cosine.
+        learning_rate: Of SGD with momentum 0.9.
+        anneal: Whether a cosine takes the learning rate to 0; else it is constant.
         weight_decay: Of all parameters.
     """
 
-    def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float = 1e-4) -> None:
+    def __init__(
+        self, network: nn.Module, learning_rate: float, *, anneal: bool = True, weight_decay: float = 1e-4
+    ) -> None:
         super().__init__()
+        self.anneal = anneal
         self.network = network
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -67,10 +71,12 @@ class Classifier(L.LightningModule):
         self.log("val_accuracy", accuracy(logits, labels, task="multiclass", num_classes=logits.shape[1]))
 
     def configure_optimizers(self) -> Any:
-        """SGD with a cosine."""
+        """SGD, with a cosine if the learning rate is to be annealed."""
         optimizer = torch.optim.SGD(
             self.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay
         )
+        if not self.anneal:
+            return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -114,6 +120,7 @@ class Setting:
         momentum: Of oscillation tracking.
         dampening: Keyword arguments of OscillationDampening.
         freezing: Keyword arguments of IterativeFreezing.
+        anneal: Whether the learning rate is annealed to 0.
     """
 
     name: str
@@ -125,6 +132,7 @@ class Setting:
     momentum: float
     dampening: dict[str, Any]
     freezing: dict[str, Any]
+    anneal: bool = True
 
 
 @dataclass
@@ -212,7 +220,7 @@ def train_quantized(
 ) -> Result:
     """Train a copy of a network with quantization, and evaluate it before and after batch-norm re-estimation."""
     L.seed_everything(seed, verbose=False)
-    module = Classifier(deepcopy(network), setting.learning_rate)
+    module = Classifier(deepcopy(network), setting.learning_rate, anneal=setting.anneal)
     if compiled:
         module.network.compile()
     name = f"{setting.name}-{method}-{seed}"
