@@ -150,11 +150,19 @@ class Result:
     seconds: float
     curves: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict, repr=False)
 
+    def __str__(self) -> str:
+        """One line."""
+        return (
+            f"{self.setting} {self.method}, seed {self.seed}: {self.before:.2f} % with running BN, {self.after:.2f} % with "
+            f"re-estimated BN; {self.oscillating:.2f} % oscillating, {self.frozen:.2f} % frozen; {self.seconds:.0f} s"
+        )
+
 
 def quiet() -> None:
     """Leave the terminal to the results."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for message in (".*does not have many workers.*", ".*logging interval.*", ".*below twice the momentum.*"):
+    ignored = (".*does not have many workers.*", ".*logging interval.*", ".*below twice the momentum.*", ".*LeafSpec.*")
+    for message in ignored:
         warnings.filterwarnings("ignore", message=message)
 
 

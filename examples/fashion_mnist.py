@@ -136,7 +136,7 @@ def main() -> None:
     print(f"full precision: {accuracy:.2f} %", flush=True)
 
     def report(result: Result) -> None:
-        print(f"{result}", flush=True)
+        print(result, flush=True)
 
     results = compare(
         network,
