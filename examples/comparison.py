@@ -153,8 +153,9 @@ class Result:
     def __str__(self) -> str:
         """One line."""
         return (
-            f"{self.setting} {self.method}, seed {self.seed}: {self.before:.2f} % with running BN, {self.after:.2f} % with "
-            f"re-estimated BN; {self.oscillating:.2f} % oscillating, {self.frozen:.2f} % frozen; {self.seconds:.0f} s"
+            f"{self.setting} {self.method}, seed {self.seed}: {self.before:.2f} % with running BN, "
+            f"{self.after:.2f} % re-estimated; {self.oscillating:.2f} % oscillating, {self.frozen:.2f} % frozen; "
+            f"{self.seconds:.0f} s"
         )
 
 
