@@ -73,7 +73,7 @@ def settings(epochs: int) -> list[Setting]:
 def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=24, help="epochs of quantization-aware training")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs of quantization-aware training")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method")
     parser.add_argument("--output", type=Path, default=Path("runs/digits"), help="folder for logs and the picture")
     arguments = parser.parse_args()
