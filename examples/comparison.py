@@ -162,7 +162,13 @@ class Result:
 def quiet() -> None:
     """Leave the terminal to the results."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    ignored = (".*does not have many workers.*", ".*logging interval.*", ".*below twice the momentum.*", ".*LeafSpec.*")
+    ignored = (
+        ".*is not empty.*",
+        ".*does not have many workers.*",
+        ".*logging interval.*",
+        ".*below twice the momentum.*",
+        ".*LeafSpec.*",
+    )
     for message in ignored:
         warnings.filterwarnings("ignore", message=message)
 
