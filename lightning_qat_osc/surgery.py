@@ -165,11 +165,12 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
             differences = config_differences(layer.quant_config.to_dict(), config.to_dict())
             raise ValueError(f"the module is quantized already, and otherwise: {differences}. Begin with a new one")
     shared: dict[nn.Parameter, WeightQuantizer] = {}
-    for name, layer in layers.items():
-        if not isinstance(layer, QuantizedLayer) and planned[name].any:
-            _insert(name, layer, config, planned[name], shared)
-    for name, child in module.named_modules():
-        _tell_of_attention(name, child)
+    new = [name for name, layer in layers.items() if not isinstance(layer, QuantizedLayer) and planned[name].any]
+    for name in new:
+        _insert(name, layers[name], config, planned[name], shared)
+    if new:
+        for name, child in module.named_modules():
+            _tell_of_attention(name, child)
     return module
 
 
@@ -203,7 +204,7 @@ def _tell_of_attention(name: str, module: nn.Module) -> None:
             f"The projections of MultiheadAttention '{name}' stay in full precision: it does not call them as layers.",
             stacklevel=3,
         )
-    if isinstance(module, nn.TransformerEncoderLayer) and not module._forward_pre_hooks:
+    if isinstance(module, nn.TransformerEncoderLayer):
         # with a hook, evaluation does not take the fused path, which reads weights past their layers
         module.linear1.register_forward_pre_hook(_off_the_fused_path)
 

@@ -99,6 +99,8 @@ def test_attention_is_named_and_the_fused_path_avoided():
     assert list(quantized_layers(block)) == ["linear1", "linear2"]
     for layer in quantized_layers(block).values():
         layer.weight_quantizer.calibrate(layer.weight)
+    quantize_model(block, QuantConfig(3, None, first_last_bits=None))  # says nothing again, and adds nothing
+    assert len(block.linear1._forward_pre_hooks) == 1
     x = torch.randn(2, 5, 8)
     with_gradient = block.eval()(x)
     with torch.no_grad():
