@@ -166,8 +166,9 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
             raise ValueError(f"the module is quantized already, and otherwise: {differences}. Begin with a new one")
     shared: dict[nn.Parameter, WeightQuantizer] = {}
     new = [name for name, layer in layers.items() if not isinstance(layer, QuantizedLayer) and planned[name].any]
+    _check_shared_weights({name: (layers[name], planned[name].weight) for name in new})
     for name in new:
-        _insert(name, layers[name], config, planned[name], shared)
+        _insert(layers[name], config, planned[name], shared)
     if new:
         for name, child in module.named_modules():
             _tell_of_attention(name, child)
@@ -197,6 +198,22 @@ def _check_supported(name: str, layer: nn.Module) -> None:
         )
 
 
+def _check_shared_weights(new: dict[str, tuple[nn.Module, int | None]]) -> None:
+    """Layers that share a weight share its quantizer, and so its bits.
+
+    Raises:
+        ValueError: If rules set different ones.
+    """
+    first: dict[object, tuple[str, int | None]] = {}
+    for name, (layer, bits) in new.items():
+        other, others_bits = first.setdefault(layer.weight, (name, bits))
+        if bits != others_bits:
+            raise ValueError(
+                f"layer '{name}' shares its weight with '{other}', so both have the same bits: rules set {bits} and "
+                f"{others_bits}"
+            )
+
+
 def _tell_of_attention(name: str, module: nn.Module) -> None:
     """Name what stays in full precision, and keep evaluation on the path that calls the quantized layers."""
     if isinstance(module, nn.MultiheadAttention):
@@ -214,7 +231,7 @@ def _off_the_fused_path(module: nn.Module, args: tuple[object, ...]) -> None:
 
 
 def _insert(
-    name: str, layer: nn.Module, config: QuantConfig, bits: _LayerBits, shared: dict[nn.Parameter, WeightQuantizer]
+    layer: nn.Module, config: QuantConfig, bits: _LayerBits, shared: dict[nn.Parameter, WeightQuantizer]
 ) -> None:
     layer.__class__ = quantized_class(type(layer))
     assert isinstance(layer, QuantizedLayer)
@@ -231,11 +248,6 @@ def _insert(
                 pinned=bits.weight_pinned,
             )
         layer.weight_quantizer = shared[layer.weight]
-        if layer.weight_quantizer.bits != bits.weight:
-            raise ValueError(
-                f"layer '{name}' shares its weight with another, so both have the same bits: rules set "
-                f"{layer.weight_quantizer.bits} and {bits.weight}"
-            )
     if bits.input is not None:
         layer.input_quantizer = InputQuantizer(
             bits.input, method=config.activation_range, device=layer.weight.device, pinned=bits.input_pinned

@@ -125,6 +125,7 @@ def test_layers_that_share_a_weight_share_its_quantizer():
     other.output.weight = other.embed.weight
     with pytest.raises(ValueError, match="'output' shares its weight"):
         quantize_model(other, QuantConfig(rules=(LayerRule("output", weight_bits=8),)))
+    assert not quantized_layers(other)  # nothing half done
 
 
 def test_another_configuration_is_refused():
