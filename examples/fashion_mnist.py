@@ -115,6 +115,7 @@ def settings(epochs: int) -> list[Setting]:
 
 def main() -> None:
     """Run the comparison."""
+    names = [setting.name for setting in settings(epochs=1)]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DEBIAN, help="folder with the four files")
     parser.add_argument("--train-images", type=int, default=20_000, help="use the first so many training images")
@@ -122,9 +123,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
     parser.add_argument("--width", type=float, default=0.5, help="multiplier of the network's channels")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="which methods to run")
-    parser.add_argument(
-        "--settings", nargs="+", default=["W3A3", "W3", "W2", "W2-constant"], help="which settings to run"
-    )
+    parser.add_argument("--settings", nargs="+", choices=names, default=names, help="which settings to run")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--output", type=Path, default=Path("runs/fashion_mnist"), help="folder for logs and picture")
     arguments = parser.parse_args()
