@@ -26,8 +26,8 @@ from lightning_qat_osc import (
     OscillationTracking,
     QuantizationAwareTraining,
 )
+from lightning_qat_osc.lookup import oscillation_states
 from lightning_qat_osc.metrics import FrozenShare, OscillatingShare
-from lightning_qat_osc.surgery import oscillation_states
 
 METHODS = ("LSQ", "dampening", "freezing", "both")
 

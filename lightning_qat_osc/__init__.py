@@ -13,12 +13,13 @@ from lightning_qat_osc.callbacks import (
 )
 from lightning_qat_osc.config import LayerRule, QuantConfig
 from lightning_qat_osc.functional import fake_quantize
+from lightning_qat_osc.lookup import oscillation_states
 from lightning_qat_osc.metrics import SQNR, FrozenShare, OscillatingShare, OscillationFrequency
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.plan import quantization_plan
 from lightning_qat_osc.regularizers import dampening_loss
 from lightning_qat_osc.schedules import cosine_anneal
-from lightning_qat_osc.surgery import oscillation_states, quantize_model
+from lightning_qat_osc.surgery import quantize_model
 
 __version__ = "0.1.0"
 

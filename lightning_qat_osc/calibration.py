@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 
 from lightning_qat_osc.config import QuantConfig
-from lightning_qat_osc.quantizers import QuantizedLayer
+from lightning_qat_osc.lookup import quantized_layers, weight_name
+from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, latent_weight
 from lightning_qat_osc.surgery import quantizable_layers
 
 __all__ = ["Calibrator"]
@@ -51,6 +55,50 @@ class _Observed:
         return _Observed(*([t.to(device) for t in ts] for ts in (self.samples, self.lows, self.highs, self.finite)))
 
 
+# what keeps a quantized weight on its grid: the layers' own functions, and other views of the same values
+_KEEPS_THE_GRID = re.compile(
+    "conv|linear|bilinear|embedding|lstm|gru|rnn|matmul|mm|get|select|view|reshape|flatten|permute|transpose|^t$|^to$"
+    "|type|float|half|contiguous|detach|expand|narrow|split|chunk|unbind|squeeze|cat|stack|clone|einsum|pad"
+)
+
+
+class _WatchesWeights(TorchFunctionMode):
+    """Notes what is done to quantized weights besides their layer's own function.
+
+    Args:
+        weights: id of a latent weight -> its name.
+        running: The layers whose forward runs, innermost last, with their names.
+
+    Attributes:
+        read_outside: Name of a weight -> the function that reads it outside of its layer, in full precision there.
+        changed_inside: Name of a layer -> the function that computes another weight from its quantized one.
+    """
+
+    def __init__(self, weights: dict[int, str], running: list[tuple[str, nn.Module]]) -> None:
+        super().__init__()
+        self._weights, self._running = weights, running
+        self.read_outside: dict[str, str] = {}
+        self.changed_inside: dict[str, str] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.is_floating_point() and out.dim() > 0:
+            function = getattr(func, "__name__", str(func))
+            if self._running:
+                name, layer = self._running[-1]
+                substitutes = getattr(layer, "parameter_quantizers", ())
+                if not _KEEPS_THE_GRID.search(function) and any(
+                    x is layer.__dict__.get(parameter) for x in args for parameter in substitutes
+                ):
+                    self.changed_inside.setdefault(name, function)
+                return out
+            for x in args:
+                for element in x if isinstance(x, (list, tuple)) else (x,):
+                    if id(element) in self._weights and isinstance(element, nn.Parameter):
+                        self.read_outside.setdefault(self._weights[id(element)], function)
+        return out
+
+
 class Calibrator:
     """Initialises the ranges of a quantized model from the inputs that its layers see.
 
@@ -63,33 +111,61 @@ class Calibrator:
         self._config = config
         self._layers = quantizable_layers(module)
         # the first and last layer are the model's, not those of a frozen teacher or loss network beside it
-        trainable = {name for name, layer in self._layers.items() if layer.weight.requires_grad}
+        trainable = {n for n, layer in self._layers.items() if any(p.requires_grad for p in _own_parameters(layer))}
         self._trainable = trainable or set(self._layers)
-        self._observed: dict[str, _Observed] = {}
+        self._observed: dict[tuple[str, str], _Observed] = {}  # by layer and argument
+        self._called: set[str] = set()
         self._first: str | None = None
         self._last: str | None = None
+        self._running: list[tuple[str, nn.Module]] = []
+        weights = {
+            id(weight): weight_name(name, parameter)
+            for name, layer in quantized_layers(module).items()
+            for parameter in layer.parameter_quantizers
+            if (weight := layer._parameters.get(parameter)) is not None
+        }
+        self._watch = _WatchesWeights(weights, self._running)
 
     @contextmanager
-    def observe(self) -> Iterator[None]:
-        """Watch every forward pass inside the context."""
-        handles = [
-            layer.register_forward_pre_hook(partial(self._record, name), with_kwargs=True)
-            for name, layer in self._layers.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def observe(self, *, weights: bool = True) -> Iterator[None]:
+        """Watch every forward pass inside the context.
 
-    def _record(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        Args:
+            weights: Watch what is done to weights, too: not for a context in which optimizers move them.
+        """
+        with ExitStack() as watching:
+            for name, layer in self._layers.items():
+                before = layer.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
+                after = layer.register_forward_hook(self._leave, always_call=True)
+                watching.callback(before.remove)
+                watching.callback(after.remove)
+            watching.callback(self._running.clear)
+            if weights:
+                watching.enter_context(self._watch)
+            yield
+
+    def _enter(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._running.append((name, layer))
+        self._called.add(name)
         if name in self._trainable:
             self._first = self._first or name
             self._last = name
-        observed = self._observed.setdefault(name, _Observed())
-        x = args[0] if args else next(iter(kwargs.values()))
-        if x.is_floating_point() and x.numel() > 0 and isinstance(layer, QuantizedLayer) and layer.input_quantizer:
-            observed.add(x)
+        if not isinstance(layer, QuantizedLayer):
+            return
+        seen: list[Any] = []
+        for i, argument in enumerate(layer.argument_quantizers):
+            x = args[i] if i < len(args) else kwargs.get(argument)
+            x = x.data if isinstance(x, PackedSequence) else x
+            if not isinstance(x, Tensor) or any(x is other for other in seen):
+                continue  # one tensor is quantized once
+            seen.append(x)
+            observed = self._observed.setdefault((name, argument), _Observed())
+            if x.is_floating_point() and x.numel() > 0:
+                observed.add(x)
+
+    def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+        if self._running:
+            self._running.pop()
 
     def finish(self) -> list[str]:
         """Set the bits of the first and the last layer and the range of every quantizer that has none yet.
@@ -103,7 +179,14 @@ class Calibrator:
             self._gather()
         if self._config.first_last_bits is not None:
             self._set_first_last_bits(self._config.first_last_bits)
-        words = []
+        words = [
+            f"The weight of layer '{name}' is also read outside of the layer, by {reader}, in full precision there."
+            for name, reader in self._watch.read_outside.items()
+        ]
+        words += [
+            f"Layer '{name}' computes another weight from its quantized one, by {function}, which is not on the grid."
+            for name, function in self._watch.changed_inside.items()
+        ]
         for name, layer in self._layers.items():
             if isinstance(layer, QuantizedLayer):
                 words += [f"Layer '{name}': {word}." for word in self._calibrate(name, layer)]
@@ -114,41 +197,55 @@ class Calibrator:
             layer = self._layers[name]  # type: ignore[index]
             if not isinstance(layer, QuantizedLayer):
                 continue
-            w, x = layer.weight_quantizer, layer.input_quantizer
-            if w is not None and not w.calibrated and not w.pinned:
-                w.set_bits(bits)
-            if x is not None and not x.calibrated and not x.pinned:
-                x.set_bits(None if name == self._first else bits)
+            for w in layer.weight_quantizers().values():
+                if not w.calibrated and not w.pinned:
+                    w.set_bits(bits)
+            for x in layer.input_quantizers().values():
+                if not x.calibrated and not x.pinned:
+                    x.set_bits(None if name == self._first else bits)
 
     def _calibrate(self, name: str, layer: QuantizedLayer) -> Iterator[str]:
-        w, x = layer.weight_quantizer, layer.input_quantizer
-        if w is not None and not w.calibrated and (word := w.calibrate(layer.weight)):
-            yield word
-        if name not in self._observed:
-            if x is not None and not x.calibrated:
+        for parameter, w in layer.weight_quantizers().items():
+            if not w.calibrated and (word := w.calibrate(latent_weight(layer, parameter))):
+                yield f"{parameter}: {word}"
+        inputs = {argument: q for argument, q in layer.input_quantizers().items() if not q.calibrated}
+        if name not in self._called:
+            if inputs:
                 yield "it was not called during calibration, so its input stays in full precision"
             return
-        if x is None or x.bits is None or x.calibrated:
-            return
-        seen = self._observed[name].to(layer.weight.device)
+        for argument, q in inputs.items():
+            if (name, argument) not in self._observed:
+                q.set_bits(None)  # the same tensor as an argument before it
+            elif q.bits is not None and (word := self._calibrate_input(q, self._observed[name, argument])):
+                yield word
+
+    def _calibrate_input(self, quantizer: InputQuantizer, observed: _Observed) -> str | None:
+        seen = observed.to(quantizer.scale.device)
         if not seen.samples:
-            yield "its input was empty or held no floating-point numbers; it stays in full precision"
-            return
-        if not bool(torch.stack(seen.finite).all()):
-            yield "its input held NaN or inf during calibration; its range comes from the finite values"
+            return "its input was empty or held no floating-point numbers; it stays in full precision"
         low, high = torch.stack(seen.lows).amin().item(), torch.stack(seen.highs).amax().item()
         if low == high == 0.0:
-            yield "its input was 0 throughout calibration and stays in full precision"
-            return
-        x.calibrate(torch.cat(seen.samples), low, high)
+            return "its input was 0 throughout calibration and stays in full precision"
+        quantizer.calibrate(torch.cat(seen.samples), low, high)
+        if not bool(torch.stack(seen.finite).all()):
+            return "its input held NaN or inf during calibration; its range comes from the finite values"
+        return None
 
     def _gather(self) -> None:
         """Give every rank what all ranks observed, in the order of the ranks."""
-        mine = (self._first, self._last, {name: seen.to("cpu") for name, seen in self._observed.items()})
+        observed = {key: seen.to("cpu") for key, seen in self._observed.items()}
+        mine = (self._first, self._last, self._called, observed)
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, mine)
-        self._first, self._last, _ = ranks[0]
+        self._first, self._last = ranks[0][:2]
         self._observed = {}
-        for _, _, observed in ranks:
-            for name, seen in observed.items():
-                self._observed.setdefault(name, _Observed()).extend(seen)
+        for _, _, called, theirs in ranks:
+            self._called |= called
+            for key, seen in theirs.items():
+                self._observed.setdefault(key, _Observed()).extend(seen)
+
+
+def _own_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """A layer's parameters, those of its quantizers apart."""
+    scales = {id(q.scale) for q in layer.quantizers()} if isinstance(layer, QuantizedLayer) else set()
+    return (p for p in layer.parameters() if id(p) not in scales)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from torch import nn
 
-from lightning_qat_osc.quantizers import float_class
-from lightning_qat_osc.surgery import quantized_layers
+from lightning_qat_osc.lookup import quantized_layers
+from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight
 
 __all__ = ["LayerPlan", "format_plan", "quantization_plan"]
 
@@ -19,7 +20,7 @@ class LayerPlan:
     Attributes:
         layer: Name of the layer.
         type: Its class.
-        shape: Shape of its weight.
+        shape: Shape of its weight; empty where the line is that of a further input.
         weight_bits: Bits of the weight, None for full precision.
         weight_scale: Its scale; the mean of the scales per channel.
         activation_bits: Bits of the input, None for full precision.
@@ -38,28 +39,37 @@ class LayerPlan:
 
 
 def quantization_plan(module: nn.Module) -> list[LayerPlan]:
-    """What is quantized, and how, in the order of the model's layers."""
+    """What is quantized, and how, in the order of the model's layers.
+
+    A layer with several weights or inputs has a line for each; those after the first are named ``layer.parameter``.
+    """
     lines = []
     for name, layer in quantized_layers(module).items():
-        w, x = layer.weight_quantizer, layer.input_quantizer
-        w = w if w is not None and w.active else None
-        x = x if x is not None and x.active else None
-        scale = None if x is None else x.scale.item()
-        lines.append(
-            LayerPlan(
-                layer=name,
-                type=float_class(layer).__name__,
-                shape=list(layer.weight.shape),
-                weight_bits=None if w is None else w.bits,
-                weight_scale=None if w is None else w.scale.detach().mean().item(),
-                activation_bits=None if x is None else x.bits,
-                activation_scale=scale,
-                activation_range=None
-                if x is None or scale is None
-                else [(x.quant_min - x.zero_point) * scale, (x.quant_max - x.zero_point) * scale],
-            )
-        )
+        weights = {key: q if q.active else None for key, q in layer.weight_quantizers().items()}
+        inputs = {key: q for key, q in layer.input_quantizers().items() if q.active}
+        parameters = list(weights) or [next(key for key, _ in layer.named_parameters(recurse=False))]
+        for i, (parameter, argument) in enumerate(zip_longest(parameters, inputs)):
+            line = name if i == 0 else f"{name}.{parameter or argument}"
+            lines.append(_line(line, layer, parameter, weights.get(parameter), inputs.get(argument)))
     return lines
+
+
+def _line(
+    name: str, layer: QuantizedLayer, parameter: str | None, w: WeightQuantizer | None, x: InputQuantizer | None
+) -> LayerPlan:
+    scale = None if x is None else x.scale.item()
+    return LayerPlan(
+        layer=name,
+        type=layer.float_class.__name__,
+        shape=[] if parameter is None else list(latent_weight(layer, parameter).shape),
+        weight_bits=None if w is None else w.bits,
+        weight_scale=None if w is None else w.scale.detach().mean().item(),
+        activation_bits=None if x is None else x.bits,
+        activation_scale=scale,
+        activation_range=None
+        if x is None or scale is None
+        else [(x.quant_min - x.zero_point) * scale, (x.quant_max - x.zero_point) * scale],
+    )
 
 
 def format_plan(plan: list[LayerPlan]) -> str:

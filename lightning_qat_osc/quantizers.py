@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Self
 
 from lightning_qat_osc.config import Granularity, QuantConfig
 from lightning_qat_osc.functional import fake_quantize, integer_grid, quantize_to_int
+from lightning_qat_osc.layers import calling_forward
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.ranges import RangeMethod, activation_grid, estimate_scale
 
-__all__ = ["InputQuantizer", "QuantizedLayer", "Quantizer", "WeightQuantizer", "quantized_class"]
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+__all__ = ["InputQuantizer", "QuantizedLayer", "Quantizer", "WeightQuantizer", "latent_weight", "quantized_class"]
 
 
 class Quantizer(nn.Module):
@@ -227,55 +227,143 @@ class InputQuantizer(Quantizer):
 
 
 class QuantizedLayer(nn.Module):
-    """What :func:`quantized_class` adds to a layer's class: two child modules, and a forward that calls them.
+    """What :func:`quantized_class` adds to a layer's class: quantizers as children, and a forward that calls them.
 
     The layer keeps its own parameters and their names, so that checkpoints of the float model load, and its own
-    forward, which sees the quantized weight where it reads ``self.weight``. Everyone else sees the latent weight.
+    forward, which sees quantized weights where it reads ``self.weight``. Everyone else sees the latent weights.
+
+    The quantizer of the parameter ``weight`` is the child ``weight_quantizer``, and so for every other parameter; that
+    of the first argument of ``forward`` is ``input_quantizer``, where there are several each is called by its argument.
 
     Attributes:
-        weight: The latent weight.
         quant_config: What was asked for when the quantizers were inserted.
-        weight_quantizer: Quantizer of the weight, or None. Layers that share a weight share it.
-        input_quantizer: Quantizer of the first argument of ``forward``, or None.
+        parameter_quantizers: Name of a parameter -> name of its quantizer.
+        argument_quantizers: Name of an argument of ``forward`` -> name of its quantizer.
     """
 
-    weight: nn.Parameter
+    float_class: type[nn.Module]
+    """The class that the layer had before."""
     quant_config: QuantConfig
-    weight_quantizer: WeightQuantizer | None
-    input_quantizer: InputQuantizer | None
+    parameter_quantizers: dict[str, str]
+    argument_quantizers: dict[str, str]
+
+    def add_quantizers(
+        self, config: QuantConfig, weights: Mapping[str, WeightQuantizer], inputs: Mapping[str, InputQuantizer]
+    ) -> None:
+        """Take quantizers in.
+
+        Args:
+            config: What was asked for.
+            weights: Name of a parameter -> its quantizer, which layers that share the parameter share.
+            inputs: Name of an argument of ``forward`` -> its quantizer, in the order of the arguments.
+        """
+        self.quant_config = config
+        self.parameter_quantizers = {name: f"{name}_quantizer" for name in weights}
+        only = len(inputs) == 1
+        self.argument_quantizers = {name: "input_quantizer" if only else f"{name}_quantizer" for name in inputs}
+        for name, weight_quantizer in weights.items():
+            self.add_module(self.parameter_quantizers[name], weight_quantizer)
+        for name, input_quantizer in inputs.items():
+            self.add_module(self.argument_quantizers[name], input_quantizer)
+        self.train(self.training)
+
+    def weight_quantizers(self) -> dict[str, WeightQuantizer]:
+        """Name of a parameter -> its quantizer."""
+        return {name: getattr(self, child) for name, child in self.parameter_quantizers.items()}
+
+    def input_quantizers(self) -> dict[str, InputQuantizer]:
+        """Name of an argument of ``forward`` -> its quantizer."""
+        return {name: getattr(self, child) for name, child in self.argument_quantizers.items()}
+
+    def quantizers(self) -> list[Quantizer]:
+        """All of them, those of weights first."""
+        return [*self.weight_quantizers().values(), *self.input_quantizers().values()]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Quantize the input and the weight, then run the layer's own forward on them."""
-        if self.input_quantizer is not None:
-            if args:
-                args = (self.input_quantizer(args[0]), *args[1:])
-            else:
-                name = next(iter(kwargs))
-                kwargs[name] = self.input_quantizer(kwargs[name])
-        weight = self.weight
-        if self.weight_quantizer is not None:
-            weight = cast(nn.Parameter, self.weight_quantizer(weight))
-        for quantizer in (self.weight_quantizer, self.input_quantizer):
-            if quantizer is not None and not quantizer.active:
-                # DDP waits for a gradient of every parameter, also of a scale that is not in use: it gets 0
-                weight = cast(nn.Parameter, weight + 0.0 * quantizer.scale.sum())
+        """Quantize the inputs and the weights, then run the layer's own forward on them."""
+        args, kwargs = self._quantize_inputs(args, kwargs)
+        substitutes: dict[str, Any] = {
+            name: getattr(self, child)(getattr(self, name)) for name, child in self.parameter_quantizers.items()
+        }
+        idle = [q.scale.sum() for q in self.quantizers() if not q.active]
+        if idle:
+            # DDP waits for a gradient of every parameter, also of a scale that is not in use: it gets 0
+            name = next(iter(substitutes), "weight")
+            substitutes[name] = substitutes.get(name, getattr(self, name)) + 0.0 * sum(idle)
         # an instance attribute comes before nn.Module's look-up of the parameter of that name
-        self.__dict__["weight"] = weight
+        before = {name: self.__dict__[name] for name in substitutes if name in self.__dict__}
+        self.__dict__.update(substitutes)
+        try:
+            if isinstance(self, nn.RNNBase):
+                return self._recurrent_forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)
+        finally:
+            for name in substitutes:
+                del self.__dict__[name]
+            self.__dict__.update(before)
+
+    def _quantize_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        seen: list[tuple[Any, Any]] = []  # in self-attention one tensor is all three inputs: it is quantized once
+        positional, keywords = list(args), dict(kwargs)
+        for i, (argument, child) in enumerate(self.argument_quantizers.items()):
+            if i >= len(args) and argument not in kwargs:
+                break  # the layer's own forward says what is missing
+            x = args[i] if i < len(args) else kwargs[argument]
+            x_q = next((quantized for other, quantized in seen if other is x), None)
+            if x_q is None:
+                x_q = _quantize_input(getattr(self, child), x)
+                seen.append((x, x_q))
+            if i < len(args):
+                positional[i] = x_q
+            else:
+                keywords[argument] = x_q
+        return tuple(positional), keywords
+
+    def _recurrent_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """A recurrent layer keeps a list of its weights, and reads that."""
+        latent = self.__dict__["_flat_weights"]
+        self.__dict__["_flat_weights"] = [getattr(self, name) for name in cast(Any, self)._flat_weights_names]
         try:
             return super().forward(*args, **kwargs)
         finally:
-            del self.__dict__["weight"]
+            self.__dict__["_flat_weights"] = latent
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the layer's own class: the quantized one is made at run time."""
-        return _new_quantized, (float_class(self),), self.__dict__
+        return _new_quantized, (self.float_class,), self.__dict__
+
+
+@torch.no_grad()
+def latent_weight(layer: nn.Module, parameter: str) -> Tensor:
+    """A weight before quantization; computed anew where it is no parameter, without advancing the buffers of a norm.
+
+    Args:
+        layer: A layer, quantized or not.
+        parameter: Name of the weight.
+    """
+    modes = [(m, m.training) for m in layer.modules()]
+    try:
+        layer.eval()  # spectral norm iterates whenever its weight is read in training mode
+        for hook in layer._forward_pre_hooks.values():
+            if getattr(hook, "_tensor_name", getattr(hook, "name", None)) == parameter:  # pruning, weight norm
+                hook(layer, ())
+        return cast(Tensor, getattr(layer, parameter))
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _quantize_input(quantizer: nn.Module, x: Any) -> Any:
+    if isinstance(x, PackedSequence):
+        return x._replace(data=quantizer(x.data))
+    return quantizer(x)
 
 
 def quantized_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     """The quantized form of a layer's class: a subclass of it whose forward is :meth:`QuantizedLayer.forward`.
 
     Args:
-        layer_class: Class of a layer with a ``weight``.
+        layer_class: Class of a layer.
 
     Returns:
         The same class for the same argument.
@@ -285,21 +373,31 @@ def quantized_class(layer_class: type[nn.Module]) -> type[nn.Module]:
 
 @cache
 def _make_class(layer_class: Any) -> type[nn.Module]:
-    attributes = {"__module__": layer_class.__module__, "__doc__": layer_class.__doc__}
-    return type(f"Quantized{layer_class.__name__}", (QuantizedLayer, layer_class), attributes)
+    attributes = {
+        "__module__": layer_class.__module__,
+        "__doc__": layer_class.__doc__,
+        "float_class": layer_class,
+    }
+    for parent in layer_class.__mro__:
+        for name, value in vars(parent).items():
+            if isinstance(value, property) and name.startswith("weight"):
+                attributes.setdefault(name, _substitutable(name, value))
+    calling = calling_forward(layer_class)
+    bases = (QuantizedLayer, layer_class) if calling is None else (QuantizedLayer, calling, layer_class)
+    return type(f"Quantized{layer_class.__name__}", bases, attributes)
 
 
-def float_class(layer: nn.Module) -> type[nn.Module]:
-    """The class that a quantized layer had before."""
-    original: type[nn.Module] = type(layer).__mro__[2]  # after the quantized class and QuantizedLayer
-    return original
+def _substitutable(name: str, computed: property) -> property:
+    """A weight that a parametrization computes, with the quantized one in its place while ``forward`` runs."""
+    assert computed.fget is not None
+    compute = computed.fget
+
+    def read(layer: nn.Module) -> Any:
+        return layer.__dict__[name] if name in layer.__dict__ else compute(layer)
+
+    return property(read, computed.fset, computed.fdel)
 
 
 def _new_quantized(layer_class: type[nn.Module]) -> nn.Module:
     quantized = quantized_class(layer_class)
     return quantized.__new__(quantized)
-
-
-def output_channel_dim(layer: nn.Module) -> int:
-    """Dimension of a layer's weight that holds the output channels (for transposed convolutions those of a group)."""
-    return 1 if isinstance(layer, _TRANSPOSED) else 0

@@ -1,65 +1,36 @@
-"""Insertion of quantizers into a model, in place, and the ways to look at what was inserted."""
+"""Insertion of quantizers into a model, in place."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torchmetrics import Metric
 
 from lightning_qat_osc.config import Bits, LayerRule, QuantConfig, config_differences
-from lightning_qat_osc.oscillation import OscillationState
-from lightning_qat_osc.quantizers import (
-    InputQuantizer,
-    QuantizedLayer,
-    Quantizer,
-    WeightQuantizer,
-    output_channel_dim,
-    quantized_class,
-)
+from lightning_qat_osc.layers import LayerKind, calling_forward, input_names, kind_names, layer_kind
+from lightning_qat_osc.lookup import model_modules
+from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight, quantized_class
 
-__all__ = [
-    "QuantizedWeight",
-    "oscillation_states",
-    "quantize_model",
-    "quantizable_layers",
-    "quantized_layers",
-    "quantized_weights",
-    "quantizers",
-    "scale_parameters",
-    "unquantized_layers",
-]
-
-QUANTIZABLE = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-    nn.Embedding,
-)
-
-
-_NEVER_CALLED = (NonDynamicallyQuantizableLinear,)  # MultiheadAttention reads the weight of its output projection
+__all__ = ["quantizable_layers", "quantize_model", "unquantized_layers"]
 
 
 def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Every layer of a type that can be quantized, by name. Networks inside metrics are not the model's."""
-    layers: dict[str, nn.Module] = {}
-    of_metrics: set[nn.Module] = set()
-    for name, child in module.named_modules():
-        if isinstance(child, Metric):
-            of_metrics.update(child.modules())
-        elif isinstance(child, QUANTIZABLE) and child not in of_metrics and not isinstance(child, _NEVER_CALLED):
-            layers[name] = child
-    return layers
+    """Every layer of a kind that can be quantized, by name. Networks inside metrics are not the model's."""
+    layers = {name: child for name, child in model_modules(module) if layer_kind(type(child)) is not None}
+    past = {layer.out_proj for layer in layers.values() if _reads_past_its_projection(layer)}
+    return {name: layer for name, layer in layers.items() if layer not in past}
+
+
+def _reads_past_its_projection(layer: nn.Module) -> bool:
+    """Whether an attention uses the weight of its output projection without calling it, and keeps on doing so."""
+    if not isinstance(layer, nn.MultiheadAttention) or isinstance(layer, QuantizedLayer):
+        return False
+    return calling_forward(type(layer)) is None
 
 
 def _describe(rule: LayerRule) -> str:
@@ -124,19 +95,35 @@ def _layer_bits(config: QuantConfig, name: str, layer: nn.Module) -> _LayerBits:
     input_bits = config.activation_bits if activation == "default" else activation
     return _LayerBits(
         weight=config.weight_bits if weight == "default" else weight,
-        input=None if isinstance(layer, nn.Embedding) else input_bits,  # its input is indices
+        input=input_bits if _kind(layer).inputs else None,  # an embedding's input is indices
         weight_pinned=weight != "default",
         input_pinned=activation != "default",
     )
 
 
+def _kind(layer: nn.Module) -> LayerKind:
+    kind = layer_kind(type(layer))
+    assert kind is not None
+    return kind
+
+
+def _planned_bits(config: QuantConfig, layers: dict[str, nn.Module]) -> dict[str, _LayerBits]:
+    """The bits of every layer that is to have any."""
+    planned = {name: _layer_bits(config, name, layer) for name, layer in layers.items()}
+    left_out = {name for name, bits in planned.items() if not bits.any}
+    # an attention that is left out calls its fused function, which reads past its output projection
+    left_out |= {f"{name}.out_proj" for name in left_out if isinstance(layers[name], nn.MultiheadAttention)}
+    return {name: bits for name, bits in planned.items() if name not in left_out}
+
+
 def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
     """Give a model's layers their quantizers, in place.
 
-    Every Conv, ConvTranspose, Linear and Embedding layer becomes an instance of a subclass of its own class, with a
-    ``weight_quantizer`` and (but for Embedding) an ``input_quantizer`` as children. Its parameters keep their names.
-    The quantizers hand their input on until they are calibrated. Layers that have their quantizers already are left
-    alone, so a second call changes nothing.
+    Every Conv, ConvTranspose, Linear, Bilinear, Embedding, EmbeddingBag, MultiheadAttention, recurrent layer and
+    ``transformers`` Conv1D becomes an instance of a subclass of its own class, with a quantizer for each weight and
+    (but for embeddings) each input as children. Its parameters keep their names. The quantizers hand their input on
+    until they are calibrated. Layers that have their quantizers already are left alone, so a second call changes
+    nothing.
 
     Call it yourself at the end of ``LightningModule.configure_model`` (before ``fully_shard``) for layers that are made
     there; :class:`~lightning_qat_osc.QuantizationAwareTraining` calls it for all others.
@@ -151,166 +138,169 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
     Raises:
         ValueError: If a rule matches no layer, rules contradict each other, no layer can be quantized, a layer is of a
             kind that is not supported, or the module is quantized already with another configuration.
+
+    Warns:
+        UserWarning: Of what stays in full precision: parameters outside the layers, what a layer computes in between.
     """
     layers = quantizable_layers(module)
     if not layers:
-        kinds = ", ".join(kind.__name__ for kind in QUANTIZABLE)
-        raise ValueError(f"{type(module).__name__} has no layer to quantize: none of {kinds}")
+        raise ValueError(f"{type(module).__name__} has no layer to quantize: none of {', '.join(kind_names())}")
     _check_rules_match(config.rules, layers)
-    planned = {name: _layer_bits(config, name, layer) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        if not isinstance(layer, QuantizedLayer) and planned[name].any:
+    planned = _planned_bits(config, layers)
+    for name in planned:
+        layer = layers[name]
+        if not isinstance(layer, QuantizedLayer):
             _check_supported(name, layer)
-        elif isinstance(layer, QuantizedLayer) and layer.quant_config != config:
+        elif layer.quant_config != config:
             differences = config_differences(layer.quant_config.to_dict(), config.to_dict())
             raise ValueError(f"the module is quantized already, and otherwise: {differences}. Begin with a new one")
-    shared: dict[nn.Parameter, WeightQuantizer] = {}
-    new = [name for name, layer in layers.items() if not isinstance(layer, QuantizedLayer) and planned[name].any]
-    _check_shared_weights({name: (layers[name], planned[name].weight) for name in new})
-    for name in new:
-        _insert(layers[name], config, planned[name], shared)
+    new = {name: layers[name] for name in planned if not isinstance(layers[name], QuantizedLayer)}
+    _check_shared_weights(new, planned)
+    shared: dict[Tensor, WeightQuantizer] = {}
+    for name, layer in new.items():
+        _insert(layer, config, planned[name], shared)
     if new:
-        for name, child in module.named_modules():
-            _tell_of_attention(name, child)
+        _keep_off_fused_paths(module)
+        for word in _full_precision(module, layers, new, planned):
+            warnings.warn(word, stacklevel=2)
     return module
 
 
+def _computed(layer: nn.Module, parameter: str) -> bool:
+    """Whether a weight is not a parameter, but computed from others: by a parametrization, a norm, pruning."""
+    return layer._parameters.get(parameter) is None
+
+
 def _check_supported(name: str, layer: nn.Module) -> None:
-    """Refuse a layer whose weight is not a parameter that is there.
+    """Refuse a layer whose weights are not there, or are not dense real numbers.
 
     Raises:
-        ValueError: If it is not; the message says how to leave the layer out.
+        ValueError: If it is one; the message says how to leave the layer out.
     """
     leave_out = f"Leave it out with LayerRule(pattern='{name}', weight_bits=None, activation_bits=None)"
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        raise ValueError(
-            f"layer '{name}' computes its weight from other parameters (a parametrization, weight or spectral norm),"
-            f" which is not supported. {leave_out}, or remove the parametrization first."
-        )
-    if is_lazy(weight):
-        raise ValueError(
-            f"layer '{name}' is lazy and has no weight yet: run a batch through the model first. {leave_out}."
-        )
-    if isinstance(layer, nn.Embedding) and layer.sparse:
+    for parameter in _kind(layer).weights(layer):
+        weight = latent_weight(layer, parameter)
+        if is_lazy(weight):
+            raise ValueError(
+                f"layer '{name}' is lazy and has no {parameter} yet: run a batch through the model first. {leave_out}."
+            )
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise ValueError(
+                f"layer '{name}' has a {parameter} of {weight.dtype}; quantization takes 16 to 64-bit floating-point "
+                f"numbers. {leave_out}."
+            )
+        if weight.numel() == 0:
+            raise ValueError(f"layer '{name}' has an empty {parameter}, of shape {tuple(weight.shape)}. {leave_out}.")
+    if getattr(layer, "sparse", False):
         raise ValueError(
             f"layer '{name}' has sparse gradients, quantization has none. {leave_out}, or set sparse=False."
         )
 
 
-def _check_shared_weights(new: dict[str, tuple[nn.Module, int | None]]) -> None:
+def _check_shared_weights(new: dict[str, nn.Module], planned: dict[str, _LayerBits]) -> None:
     """Layers that share a weight share its quantizer, and so its bits.
 
     Raises:
         ValueError: If rules set different ones.
     """
     first: dict[object, tuple[str, int | None]] = {}
-    for name, (layer, bits) in new.items():
-        other, others_bits = first.setdefault(layer.weight, (name, bits))
-        if bits != others_bits:
-            raise ValueError(
-                f"layer '{name}' shares its weight with '{other}', so both have the same bits: rules set {bits} and "
-                f"{others_bits}"
-            )
+    for name, layer in new.items():
+        for parameter in _kind(layer).weights(layer):
+            bits = planned[name].weight
+            if _computed(layer, parameter):
+                continue
+            other, others_bits = first.setdefault(getattr(layer, parameter), (name, bits))
+            if bits != others_bits:
+                raise ValueError(
+                    f"layer '{name}' shares its weight with '{other}', so both have the same bits: rules set {bits} "
+                    f"and {others_bits}"
+                )
 
 
-def _tell_of_attention(name: str, module: nn.Module) -> None:
-    """Name what stays in full precision, and keep evaluation on the path that calls the quantized layers."""
-    if isinstance(module, nn.MultiheadAttention):
-        warnings.warn(
-            f"The projections of MultiheadAttention '{name}' stay in full precision: it does not call them as layers.",
-            stacklevel=3,
-        )
-    if isinstance(module, nn.TransformerEncoderLayer):
-        # with a hook, evaluation does not take the fused path, which reads weights past their layers
-        module.linear1.register_forward_pre_hook(_off_the_fused_path)
+def _keep_off_fused_paths(module: nn.Module) -> None:
+    """Keep evaluation on the paths that call the quantized layers."""
+    for _, child in model_modules(module):
+        if isinstance(child, nn.TransformerEncoder):
+            child.use_nested_tensor = False  # its layers take nested tensors on their fused path alone
+        if isinstance(child, nn.TransformerEncoderLayer):
+            hooks = child.linear1._forward_pre_hooks.values()
+            if _off_the_fused_path not in hooks:
+                # with a hook, evaluation does not take the fused path, which reads weights past their layers
+                child.linear1.register_forward_pre_hook(_off_the_fused_path)
 
 
 def _off_the_fused_path(module: nn.Module, args: tuple[object, ...]) -> None:
     """A hook that does nothing."""
 
 
+def _full_precision(
+    module: nn.Module, layers: dict[str, nn.Module], new: dict[str, nn.Module], planned: dict[str, _LayerBits]
+) -> Iterable[str]:
+    """What stays in full precision though nobody asked for it, or is less than one may think, in sentences."""
+    for name, layer in new.items():
+        kind = _kind(layer)
+        assert isinstance(layer, QuantizedLayer)
+        if isinstance(layer, nn.MultiheadAttention) and not isinstance(layer, kind.forward or ()):
+            yield (
+                f"The output projection of attention '{name}' stays in full precision: {layer.float_class.__name__} "
+                "has a forward of its own, which does not call it as a layer."
+            )
+        if kind.remains is not None and planned[name].input is not None:
+            yield f"{layer.float_class.__name__} '{name}': {kind.remains} stay in full precision."
+        computed = [p for p in layer.parameter_quantizers if _computed(layer, p)]
+        if computed:
+            yield (
+                f"Layer '{name}' computes its {', '.join(computed)} from other parameters (a parametrization, a norm, "
+                "pruning): it is quantized, but its oscillations are not tracked, dampened or frozen."
+            )
+    outside = _parameters_outside(module, layers)
+    if outside:
+        more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
+        names = f"{', '.join(outside[:5])}{more}"
+        yield f"Parameters outside the layers that can be quantized stay in full precision: {names}."
+
+
+def _parameters_outside(module: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+    """Names of the matrices that no layer of a known kind holds: not the vectors of norms, biases and class tokens."""
+    inside = {id(p) for layer in layers.values() for p in layer.parameters()}
+    return [
+        f"{name}.{key}" if name else key
+        for name, child in model_modules(module)
+        for key, p in child.named_parameters(recurse=False)
+        if "Norm" not in type(child).__name__
+        and id(p) not in inside
+        and (is_lazy(p) or sum(size > 1 for size in p.shape) > 1)
+    ]
+
+
 def _insert(
-    layer: nn.Module, config: QuantConfig, bits: _LayerBits, shared: dict[nn.Parameter, WeightQuantizer]
+    layer: nn.Module, config: QuantConfig, bits: _LayerBits, shared: dict[Tensor, WeightQuantizer]
 ) -> None:
+    kind, inputs = _kind(layer), input_names(type(layer))
     layer.__class__ = quantized_class(type(layer))
     assert isinstance(layer, QuantizedLayer)
-    layer.quant_config = config
-    layer.weight_quantizer = layer.input_quantizer = None
-    if bits.weight is not None:
-        if layer.weight not in shared:
-            shared[layer.weight] = WeightQuantizer(
-                bits.weight,
-                layer.weight,
-                granularity=config.weight_granularity,
-                channel_dim=output_channel_dim(layer),
-                method=config.weight_range,
-                pinned=bits.weight_pinned,
-            )
-        layer.weight_quantizer = shared[layer.weight]
-    if bits.input is not None:
-        layer.input_quantizer = InputQuantizer(
-            bits.input, method=config.activation_range, device=layer.weight.device, pinned=bits.input_pinned
+    weights: dict[str, WeightQuantizer] = {}
+    for parameter in kind.weights(layer) if bits.weight is not None else ():
+        weight = latent_weight(layer, parameter)
+        weights[parameter] = shared.get(weight) or WeightQuantizer(
+            bits.weight or 0,
+            weight,
+            granularity=config.weight_granularity,
+            channel_dim=kind.channel_dim,
+            method=config.weight_range,
+            pinned=bits.weight_pinned,
         )
-    layer.train(layer.training)
-
-
-def quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
-    """The layers of a model that have quantizers, by name."""
-    return {name: layer for name, layer in quantizable_layers(module).items() if isinstance(layer, QuantizedLayer)}
+        shared[weight] = weights[parameter]
+    device = latent_weight(layer, kind.weights(layer)[0]).device
+    quantized_inputs = {
+        argument: InputQuantizer(bits.input, method=config.activation_range, device=device, pinned=bits.input_pinned)
+        for argument in inputs
+        if bits.input is not None
+    }
+    layer.add_quantizers(config, weights, quantized_inputs)
 
 
 def unquantized_layers(module: nn.Module, config: QuantConfig) -> list[str]:
     """Names of the layers that :func:`quantize_model` would give quantizers and that have none."""
-    return [
-        name
-        for name, layer in quantizable_layers(module).items()
-        if not isinstance(layer, QuantizedLayer) and _layer_bits(config, name, layer).any
-    ]
-
-
-class QuantizedWeight(NamedTuple):
-    """A weight that is quantized now: the name of its layer, its latent values and its quantizer."""
-
-    name: str
-    weight: nn.Parameter
-    quantizer: WeightQuantizer
-
-
-def quantized_weights(module: nn.Module, max_bits: int = 8) -> list[QuantizedWeight]:
-    """The weights of a model that are quantized to at most ``max_bits`` bits."""
-    found: dict[WeightQuantizer, QuantizedWeight] = {}
-    for name, layer in quantized_layers(module).items():
-        q = layer.weight_quantizer
-        if q is not None and q.active and q.bits is not None and q.bits <= max_bits:
-            found.setdefault(q, QuantizedWeight(name, layer.weight, q))
-    return list(found.values())
-
-
-def oscillation_states(module: nn.Module) -> dict[str, OscillationState]:
-    """The oscillation history of every weight that is tracked.
-
-    Args:
-        module: A model that :class:`~lightning_qat_osc.OscillationTracking` or
-            :class:`~lightning_qat_osc.IterativeFreezing` has trained, or one loaded from its checkpoint.
-
-    Returns:
-        Layer name -> state, with ``weight_int``, ``frequency``, ``ema_int`` and ``frozen``, each of the weight's shape.
-        Where several layers share a weight, the name is that of the first.
-    """
-    states: dict[OscillationState, str] = {}
-    for name, layer in quantized_layers(module).items():
-        if layer.weight_quantizer is not None and layer.weight_quantizer.oscillation is not None:
-            states.setdefault(layer.weight_quantizer.oscillation, name)
-    return {name: state for state, name in states.items()}
-
-
-def quantizers(module: nn.Module) -> list[Quantizer]:
-    """The quantizers of a model, each once, in the order of its layers."""
-    both = [q for layer in quantized_layers(module).values() for q in (layer.weight_quantizer, layer.input_quantizer)]
-    return list(dict.fromkeys(q for q in both if q is not None))
-
-
-def scale_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The learned scales of a model, in the order of its layers."""
-    return [quantizer.scale for quantizer in quantizers(module)]
+    layers = quantizable_layers(module)
+    return [name for name in _planned_bits(config, layers) if not isinstance(layers[name], QuantizedLayer)]

@@ -10,9 +10,10 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 
 # from the ground up: a module may import those in lines before its own
 FLOORS = [
-    {"functional", "schedules", "ranges"},
+    {"functional", "schedules", "ranges", "layers"},
     {"oscillation", "regularizers", "batch_norm", "config"},
     {"quantizers", "metrics"},
+    {"lookup"},
     {"surgery"},
     {"calibration", "plan"},
     {"callbacks._training_passes", "callbacks._optimizer_steps", "callbacks._scale_updates"},

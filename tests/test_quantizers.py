@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from lightning_qat_osc import QuantConfig, quantize_model
 from lightning_qat_osc.functional import fake_quantize
+from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantizers import InputQuantizer, WeightQuantizer, quantized_class
-from lightning_qat_osc.surgery import quantized_layers
 
 LAYERS = {
     "Conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2), (2, 4, 9)),
@@ -47,7 +47,7 @@ def test_layer_computes_with_quantized_weight_and_input(kind, granularity):
     assert list(w.scale.shape) == ([1] if granularity == "per_tensor" else expected_shape)
     plain.weight.data = fake_quantize(layer.weight, w.scale, -8, 7).data
     if shape is None:
-        assert layer.input_quantizer is None
+        assert layer.input_quantizers() == {}
     else:
         layer.input_quantizer.calibrate(x.flatten(), x.min().item(), x.max().item())
         q = layer.input_quantizer

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat_osc.surgery import QuantizedWeight, quantized_weights
+from lightning_qat_osc.lookup import QuantizedWeight, quantized_weights
 
 __all__ = ["check_number", "check_share", "is_log_step", "owned_by", "require_quantization", "run_length"]
 

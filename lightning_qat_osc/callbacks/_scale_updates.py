@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import LBFGS, Adam, Optimizer
 
+from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantizers import Quantizer
-from lightning_qat_osc.surgery import quantized_layers
 
 __all__ = ["ScaleUpdates"]
 
@@ -77,10 +77,10 @@ class ScaleUpdates:
         owned = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
         owner: dict[Quantizer, int] = {}
         for layer in quantized_layers(module).values():
-            index = next((i for i, ids in enumerate(owned) if id(layer.weight) in ids), 0)
-            for q in (layer.weight_quantizer, layer.input_quantizer):
-                if q is not None:
-                    owner.setdefault(q, index)
+            parameters = {id(p) for p in layer.parameters(recurse=False)}
+            index = next((i for i, ids in enumerate(owned) if parameters & ids), 0)
+            for q in layer.quantizers():
+                owner.setdefault(q, index)
         self._updates: dict[Optimizer, _LogSteps] = {}
         for i, (optimizer, ids) in enumerate(zip(optimizers, owned)):
             own = [q for q, index in owner.items() if index == i]

@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._oscillation import check_number, check_share, is_log_step, owned_by, run_length
 from lightning_qat_osc.callbacks.oscillation_tracking import TracksOscillation
+from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.oscillation import add_frozen_scale_gradient
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
-from lightning_qat_osc.surgery import quantized_weights
 
 __all__ = ["IterativeFreezing"]
 

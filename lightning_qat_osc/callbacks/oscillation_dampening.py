@@ -17,9 +17,9 @@ from lightning_qat_osc.callbacks._oscillation import (
     run_length,
 )
 from lightning_qat_osc.config import check_choice
+from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.regularizers import Aggregation, dampening_gradient, dampening_loss
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
-from lightning_qat_osc.surgery import quantized_weights
 
 __all__ = ["OscillationDampening"]
 

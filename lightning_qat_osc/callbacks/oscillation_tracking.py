@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
 from lightning_qat_osc.callbacks._oscillation import check_number, is_log_step, owned_by, require_quantization
+from lightning_qat_osc.lookup import oscillation_states, quantized_weights
 from lightning_qat_osc.metrics import FrozenShare, OscillatingShare, OscillationFrequency
-from lightning_qat_osc.surgery import oscillation_states, quantized_weights
 
 __all__ = ["OscillationTracking", "TracksOscillation"]
 

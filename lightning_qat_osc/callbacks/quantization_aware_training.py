@@ -26,15 +26,10 @@ from lightning_qat_osc.callbacks._training_passes import (
     without_side_effects,
 )
 from lightning_qat_osc.config import Granularity, LayerRule, QuantConfig, config_differences
+from lightning_qat_osc.lookup import quantized_layers, quantizers
 from lightning_qat_osc.plan import format_plan, quantization_plan
 from lightning_qat_osc.ranges import RangeMethod
-from lightning_qat_osc.surgery import (
-    quantizable_layers,
-    quantize_model,
-    quantized_layers,
-    quantizers,
-    unquantized_layers,
-)
+from lightning_qat_osc.surgery import quantizable_layers, quantize_model, unquantized_layers
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -147,7 +142,7 @@ class QuantizationAwareTraining(pl.Callback):
         calibrator = Calibrator(pl_module, self.config)
         if self.forward_fn is None and not can_run_training_step(pl_module):
             watching = ExitStack()
-            watching.enter_context(calibrator.observe())
+            watching.enter_context(calibrator.observe(weights=False))
             self._watching = calibrator, watching
             return
         forward = training_pass(trainer, pl_module, self.forward_fn)

@@ -17,7 +17,7 @@ from lightning_qat_osc import (
     QuantizationAwareTraining,
     oscillation_states,
 )
-from lightning_qat_osc.surgery import quantized_weights
+from lightning_qat_osc.lookup import quantized_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*below twice the momentum.*")
 

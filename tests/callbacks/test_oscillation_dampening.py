@@ -10,7 +10,7 @@ from models import ConvModule, Data, dataset, trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_qat_osc import OscillationDampening, QuantizationAwareTraining
-from lightning_qat_osc.surgery import quantized_weights
+from lightning_qat_osc.lookup import quantized_weights
 
 TOTAL = 16  # two epochs of eight steps
 

@@ -16,7 +16,7 @@ from lightning_qat_osc import (
     QuantizationAwareTraining,
     oscillation_states,
 )
-from lightning_qat_osc.surgery import quantized_weights
+from lightning_qat_osc.lookup import quantized_weights
 
 
 def qat(**kwargs):

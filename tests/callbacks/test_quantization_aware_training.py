@@ -20,7 +20,7 @@ from lightning_qat_osc import (
     QuantizationAwareTraining,
     quantize_model,
 )
-from lightning_qat_osc.surgery import quantized_layers, quantizers, scale_parameters
+from lightning_qat_osc.lookup import quantized_layers, quantizers, scale_parameters
 
 
 def qat(**kwargs):

@@ -19,7 +19,7 @@ from lightning_qat_osc import (
     QuantizationAwareTraining,
     oscillation_states,
 )
-from lightning_qat_osc.surgery import scale_parameters
+from lightning_qat_osc.lookup import scale_parameters
 
 
 class Look(L.Callback):

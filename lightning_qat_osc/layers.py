@@ -1,0 +1,187 @@
+"""The kinds of layers that can be quantized: which of their parameters and inputs, and how to call what they hide."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["LayerKind", "calling_forward", "input_names", "kind_names", "layer_kind"]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What is quantized of one kind of layer.
+
+    Attributes:
+        name: Name of the kind, for messages.
+        classes: The classes of layers that are of this kind, subclasses included.
+        weights: A layer of the kind -> the names of its parameters that are quantized.
+        inputs: How many of the first arguments of ``forward`` are quantized.
+        channel_dim: The weights' dimension of output channels (for transposed convolutions those of a group).
+        forward: A subclass whose forward calls submodules that the layer's own reads past, or None.
+        remains: What stays in full precision, in words, or None.
+    """
+
+    name: str
+    classes: Callable[[], tuple[type[nn.Module], ...]]
+    weights: Callable[[nn.Module], tuple[str, ...]] = lambda layer: ("weight",)
+    inputs: int = 1
+    channel_dim: int = 0
+    forward: type[nn.Module] | None = None
+    remains: str | None = None
+
+
+class _Attention(nn.MultiheadAttention):
+    """MultiheadAttention that calls its output projection as a layer, so that it can be quantized like one.
+
+    The same computation as ``torch.nn.MultiheadAttention``, without its fused path, which reads past the layers.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint about attn_mask, which is missing")
+        causal = is_causal and key_padding_mask is None and not need_weights
+        attn_mask = None if causal else attn_mask
+        q, k, v = (self._to_sequences(x) for x in self._project(query, key, value))
+        mask = None
+        if attn_mask is not None:  # [L, S] or [N * H, L, S] -> [N, H, L, S]
+            attn_mask = attn_mask if attn_mask.dim() == 3 else attn_mask[None]
+            heads = 1 if len(attn_mask) == 1 else self.num_heads
+            mask = _additive(attn_mask, q.dtype).view(-1, heads, *attn_mask.shape[1:])
+        if key_padding_mask is not None:  # [N, S] or [S] -> [N, 1, 1, S]
+            padding = _additive(key_padding_mask.view(-1, key_padding_mask.shape[-1]), q.dtype)[:, None, None]
+            mask = padding if mask is None else mask + padding
+        extra = []
+        if self.bias_k is not None and self.bias_v is not None:
+            extra.append((self.bias_k, self.bias_v))
+        if self.add_zero_attn:
+            extra.append((k.new_zeros(1, 1, self.embed_dim),) * 2)
+        for key_row, value_row in extra:
+            k = torch.cat([k, key_row.expand(len(k), 1, -1)], dim=1)
+            v = torch.cat([v, value_row.expand(len(v), 1, -1)], dim=1)
+            mask = None if mask is None else F.pad(mask, (0, 1))
+        q, k, v = (x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2) for x in (q, k, v))  # [N, H, L, E / H]
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / self.head_dim**0.5
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            out = weights @ v
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))  # [N, L, E]
+        if query.dim() == 2:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        bias = self.in_proj_bias
+        if self.in_proj_weight is None:
+            projections = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        elif query is key and key is value:
+            return F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+        else:
+            projections = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), projections, biases))
+
+    def _to_sequences(self, x: Tensor) -> Tensor:
+        """[L, N, E], [N, L, E] or [L, E] -> [N, L, E]."""
+        if x.dim() == 2:
+            return x.unsqueeze(0)
+        return x if self.batch_first else x.transpose(0, 1)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add to attention scores, from one that is True where there is to be no attention."""
+    if mask.is_floating_point():
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+def _attention_weights(layer: nn.Module) -> tuple[str, ...]:
+    packed = layer.in_proj_weight is not None
+    return ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def _recurrent_weights(layer: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, _ in layer.named_parameters(recurse=False) if name.startswith("weight_"))
+
+
+def _transformers_conv1d() -> tuple[type[nn.Module], ...]:
+    module = sys.modules.get("transformers.pytorch_utils")  # a model that has such layers has imported it
+    return () if module is None else (module.Conv1D,)
+
+
+_KINDS = (
+    LayerKind("Conv", lambda: (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+    LayerKind("ConvTranspose", lambda: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), channel_dim=1),
+    LayerKind("Linear", lambda: (nn.Linear,)),
+    LayerKind("Bilinear", lambda: (nn.Bilinear,), inputs=2),
+    LayerKind("Embedding", lambda: (nn.Embedding, nn.EmbeddingBag), inputs=0),
+    LayerKind(
+        "MultiheadAttention",
+        lambda: (nn.MultiheadAttention,),
+        weights=_attention_weights,
+        inputs=3,
+        forward=_Attention,
+    ),
+    LayerKind(
+        "recurrent",
+        lambda: (nn.RNNBase, nn.RNNCellBase),
+        weights=_recurrent_weights,
+        remains="its recurrent state and what it passes between its own layers",
+    ),
+    LayerKind("transformers.Conv1D", _transformers_conv1d, channel_dim=1),
+)
+
+
+def layer_kind(layer_class: type[nn.Module]) -> LayerKind | None:
+    """The kind of a layer's class, or None if it is of none that can be quantized."""
+    return next((kind for kind in _KINDS if issubclass(layer_class, kind.classes())), None)
+
+
+def kind_names() -> list[str]:
+    """Names of all kinds, for messages."""
+    return [kind.name for kind in _KINDS]
+
+
+def calling_forward(layer_class: type[nn.Module]) -> type[nn.Module] | None:
+    """The class whose forward takes the place of the layer's, or None where the layer's serves.
+
+    A subclass with a forward of its own keeps it.
+    """
+    kind = layer_kind(layer_class)
+    if kind is None or kind.forward is None or not any(layer_class.forward is c.forward for c in kind.classes()):
+        return None
+    return kind.forward
+
+
+def input_names(layer_class: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments of a layer's forward that are quantized."""
+    kind = layer_kind(layer_class)
+    assert kind is not None
+    base = next(c for c in kind.classes() if issubclass(layer_class, c))
+    for owner in (layer_class, base):  # a subclass may take *args and hand them on
+        parameters = list(inspect.signature(owner.forward).parameters.values())[1:]
+        names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[: kind.inputs]
+        if len(names) == kind.inputs:
+            return names
+    raise AssertionError(f"{base.__name__}.forward takes fewer than {kind.inputs} arguments")

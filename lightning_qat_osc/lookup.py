@@ -1,0 +1,94 @@
+"""Ways to look at a quantized model: its layers, weights, quantizers, scales and oscillation histories, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+from torchmetrics import Metric
+
+from lightning_qat_osc.oscillation import OscillationState
+from lightning_qat_osc.quantizers import QuantizedLayer, Quantizer, WeightQuantizer
+
+__all__ = [
+    "QuantizedWeight",
+    "model_modules",
+    "oscillation_states",
+    "quantized_layers",
+    "quantized_weights",
+    "quantizers",
+    "scale_parameters",
+]
+
+
+class QuantizedWeight(NamedTuple):
+    """A parameter that is quantized now: its name, its latent values and its quantizer."""
+
+    name: str
+    weight: nn.Parameter
+    quantizer: WeightQuantizer
+
+
+def model_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every submodule with its name, without the networks inside torchmetrics Metrics, which are not the model's."""
+    of_metrics: set[nn.Module] = set()
+    for name, child in module.named_modules():
+        if isinstance(child, Metric):
+            of_metrics.update(child.modules())
+        if child not in of_metrics:
+            yield name, child
+
+
+def quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
+    """The layers of a model that have quantizers, by name."""
+    return {name: layer for name, layer in model_modules(module) if isinstance(layer, QuantizedLayer)}
+
+
+def weight_name(layer: str, parameter: str) -> str:
+    """What a weight is called: by its layer, and where its layer has several by its own name too."""
+    return layer if parameter == "weight" else f"{layer}.{parameter}"
+
+
+def quantized_weights(module: nn.Module, max_bits: int = 8) -> list[QuantizedWeight]:
+    """The weights of a model that are quantized to at most ``max_bits`` bits.
+
+    A weight that its layer computes from other parameters (a parametrization, pruning) is no parameter, and not here.
+    """
+    found: dict[WeightQuantizer, QuantizedWeight] = {}
+    for layer_name, layer in quantized_layers(module).items():
+        for parameter, q in layer.weight_quantizers().items():
+            weight = layer._parameters.get(parameter)
+            if weight is not None and q.active and q.bits is not None and q.bits <= max_bits:
+                found.setdefault(q, QuantizedWeight(weight_name(layer_name, parameter), weight, q))
+    return list(found.values())
+
+
+def oscillation_states(module: nn.Module) -> dict[str, OscillationState]:
+    """The oscillation history of every weight that is tracked.
+
+    Args:
+        module: A model that :class:`~lightning_qat_osc.OscillationTracking` or
+            :class:`~lightning_qat_osc.IterativeFreezing` has trained, or one loaded from its checkpoint.
+
+    Returns:
+        Layer name -> state, with ``weight_int``, ``frequency``, ``ema_int`` and ``frozen``, each of the weight's shape.
+        Where a layer has several weights, the name is ``layer.parameter``; where several layers share a weight, it is
+        that of the first.
+    """
+    states: dict[OscillationState, str] = {}
+    for layer_name, layer in quantized_layers(module).items():
+        for parameter, q in layer.weight_quantizers().items():
+            if q.oscillation is not None:
+                states.setdefault(q.oscillation, weight_name(layer_name, parameter))
+    return {name: state for state, name in states.items()}
+
+
+def quantizers(module: nn.Module) -> list[Quantizer]:
+    """The quantizers of a model, each once, in the order of its layers."""
+    return list(dict.fromkeys(q for layer in quantized_layers(module).values() for q in layer.quantizers()))
+
+
+def scale_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The learned scales of a model, in the order of its layers."""
+    return [quantizer.scale for quantizer in quantizers(module)]
