@@ -13,6 +13,7 @@ from lightning_qat_osc.callbacks import (
 )
 from lightning_qat_osc.config import LayerRule, QuantConfig
 from lightning_qat_osc.functional import fake_quantize
+from lightning_qat_osc.loading import load_quantized
 from lightning_qat_osc.lookup import oscillation_states
 from lightning_qat_osc.metrics import SQNR, FrozenShare, OscillatingShare, OscillationFrequency
 from lightning_qat_osc.oscillation import OscillationState
@@ -41,6 +42,7 @@ __all__ = [
     "cosine_anneal",
     "dampening_loss",
     "fake_quantize",
+    "load_quantized",
     "oscillation_states",
     "quantization_plan",
     "quantize_model",

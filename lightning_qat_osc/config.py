@@ -117,6 +117,11 @@ class QuantConfig:
                 "weight_bits and activation_bits are both None and there are no rules: nothing to quantize"
             )
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
+        """The configuration that :meth:`to_dict` wrote."""
+        return cls(**{**values, "rules": tuple(LayerRule(**rule) for rule in values["rules"])})
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it comes back from a file: dictionaries, lists and numbers."""
         return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}

@@ -13,10 +13,10 @@ from torch.nn.parameter import is_lazy
 
 from lightning_qat_osc.config import Bits, LayerRule, QuantConfig, config_differences
 from lightning_qat_osc.layers import LayerKind, calling_forward, input_names, kind_names, layer_kind
-from lightning_qat_osc.lookup import model_modules
+from lightning_qat_osc.lookup import model_modules, quantized_layers
 from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight, quantized_class
 
-__all__ = ["quantizable_layers", "quantize_model", "unquantized_layers"]
+__all__ = ["bits_differences", "quantizable_layers", "quantize_model", "unquantized_layers"]
 
 
 def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -273,9 +273,7 @@ def _parameters_outside(module: nn.Module, layers: dict[str, nn.Module]) -> list
     ]
 
 
-def _insert(
-    layer: nn.Module, config: QuantConfig, bits: _LayerBits, shared: dict[Tensor, WeightQuantizer]
-) -> None:
+def _insert(layer: nn.Module, config: QuantConfig, bits: _LayerBits, shared: dict[Tensor, WeightQuantizer]) -> None:
     kind, inputs = _kind(layer), input_names(type(layer))
     layer.__class__ = quantized_class(type(layer))
     assert isinstance(layer, QuantizedLayer)
@@ -298,6 +296,30 @@ def _insert(
         if bits.input is not None
     }
     layer.add_quantizers(config, weights, quantized_inputs)
+
+
+def bits_differences(module: nn.Module, config: QuantConfig) -> list[str]:
+    """Where the bits of a calibrated model are none that a configuration can give: it is another one's checkpoint.
+
+    Args:
+        module: A model with quantizers.
+        config: What was asked of :func:`quantize_model`.
+
+    Returns:
+        A phrase for each weight and input of which that holds.
+    """
+    differences = []
+    for name, layer in quantized_layers(module).items():
+        bits = _layer_bits(config, name, layer)
+        special = {config.first_last_bits} - {None}  # what the first or last layer may have
+        weight = {bits.weight} if bits.weight_pinned else {bits.weight} | special
+        inputs = {bits.input, None} if bits.input_pinned else {bits.input, None} | special
+        for quantizers, allowed in ((layer.weight_quantizers(), weight), (layer.input_quantizers(), inputs)):
+            for key, q in quantizers.items():
+                if q.calibrated and q.bits not in allowed:
+                    wanted = " or ".join(str(b) for b in sorted(allowed - {None}, key=str)) or "none"
+                    differences.append(f"{key} of layer '{name}' has {q.bits} bits, not {wanted}")
+    return differences
 
 
 def unquantized_layers(module: nn.Module, config: QuantConfig) -> list[str]:

@@ -15,7 +15,7 @@ FLOORS = [
     {"quantizers", "metrics"},
     {"lookup"},
     {"surgery"},
-    {"calibration", "plan"},
+    {"calibration", "plan", "loading"},
     {"callbacks._training_passes", "callbacks._optimizer_steps", "callbacks._scale_updates"},
     {"callbacks.quantization_aware_training"},
     {"callbacks._oscillation"},

@@ -12,7 +12,7 @@ from torch.optim import LBFGS, Adam, Optimizer
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantizers import Quantizer
 
-__all__ = ["ScaleUpdates"]
+__all__ = ["ScaleUpdates", "with_room_for_scales"]
 
 
 class _LogSteps:
@@ -108,3 +108,28 @@ class ScaleUpdates:
         """Restore the Adams."""
         for update, state in zip(self._updates.values(), states):
             update.adam.load_state_dict(state)
+
+
+def with_room_for_scales(state: dict[str, Any], optimizer: Optimizer, scales: set[int]) -> dict[str, Any]:
+    """The state of an optimizer from before there were scales, for one that has them.
+
+    Args:
+        state: What ``optimizer.state_dict()`` was.
+        optimizer: The optimizer now, with the same parameters in the same order, and scales among them.
+        scales: ids of the scales.
+
+    Returns:
+        A state that ``optimizer`` loads; the state as it was, if the parameters are others.
+    """
+    sizes = [sum(id(p) not in scales for p in group["params"]) for group in optimizer.param_groups]
+    if sizes != [len(group["params"]) for group in state["param_groups"]]:
+        return state
+    indices: dict[int, int] = {}
+    groups = []
+    position = 0
+    for saved, group in zip(state["param_groups"], optimizer.param_groups):
+        old = iter(saved["params"])
+        indices |= {next(old): position + i for i, p in enumerate(group["params"]) if id(p) not in scales}
+        groups.append({**saved, "params": list(range(position, position + len(group["params"])))})
+        position += len(group["params"])
+    return {"state": {indices[key]: value for key, value in state["state"].items()}, "param_groups": groups}

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_qat_osc.batch_norm import batch_norm_layers, batch_statistics
 from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
-from lightning_qat_osc.callbacks._scale_updates import ScaleUpdates
+from lightning_qat_osc.callbacks._scale_updates import ScaleUpdates, with_room_for_scales
 from lightning_qat_osc.callbacks._training_passes import (
     ForwardFn,
     can_run_training_step,
@@ -26,10 +26,10 @@ from lightning_qat_osc.callbacks._training_passes import (
     without_side_effects,
 )
 from lightning_qat_osc.config import Granularity, LayerRule, QuantConfig, config_differences
-from lightning_qat_osc.lookup import quantized_layers, quantizers
+from lightning_qat_osc.lookup import quantized_layers, quantizers, scale_parameters
 from lightning_qat_osc.plan import format_plan, quantization_plan
 from lightning_qat_osc.ranges import RangeMethod
-from lightning_qat_osc.surgery import quantizable_layers, quantize_model, unquantized_layers
+from lightning_qat_osc.surgery import bits_differences, quantizable_layers, quantize_model, unquantized_layers
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -112,6 +112,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._scale_updates: ScaleUpdates | None = None
         self._saved_scale_updates: list[dict[str, Any]] | None = None
         self._watching: tuple[Calibrator, ExitStack] | None = None
+        self._float_checkpoint: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Insert the quantizers, unless they are in already."""
@@ -134,9 +135,30 @@ class QuantizationAwareTraining(pl.Callback):
             self._scale_updates.load_state_dict(self._saved_scale_updates)
             self._saved_scale_updates = None
         self._step_hooks.attach(trainer, self._scale_updates.after_step)
+        self._make_room_for_scales(trainer, pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note a checkpoint from before quantization, whose optimizers know no scales."""
+        if trainer.state.fn == "fit" and self.state_key not in checkpoint["callbacks"]:
+            rank_zero_info("The checkpoint is one of full precision: quantization-aware training begins from it.")
+            self._float_checkpoint = checkpoint
+            if self._scale_updates is not None:  # sharded strategies restore after on_fit_start
+                self._make_room_for_scales(trainer, pl_module)
+
+    def _make_room_for_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        checkpoint, self._float_checkpoint = self._float_checkpoint, None
+        if checkpoint is not None and "optimizer_states" in checkpoint:
+            scales = {id(scale) for scale in scale_parameters(pl_module)}
+            checkpoint["optimizer_states"] = [
+                with_room_for_scales(state, optimizer, scales)
+                for state, optimizer in zip(checkpoint["optimizer_states"], trainer.optimizers)
+            ]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Initialise the ranges, unless a checkpoint brought them."""
+        self._check_bits(pl_module)
         if all(q.calibrated for q in quantizers(pl_module) if q.bits is not None):
             return
         calibrator = Calibrator(pl_module, self.config)
@@ -194,15 +216,24 @@ class QuantizationAwareTraining(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the evaluation is one in full precision."""
         if not trainer.sanity_checking:
+            self._check_bits(pl_module)
             self._say_if_uncalibrated(pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the evaluation is one in full precision."""
+        self._check_bits(pl_module)
         self._say_if_uncalibrated(pl_module)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the predictions are made in full precision."""
+        self._check_bits(pl_module)
         self._say_if_uncalibrated(pl_module)
+
+    def _check_bits(self, pl_module: pl.LightningModule) -> None:
+        # a weights-only checkpoint brings bits, but not this callback's state, which would tell
+        differences = bits_differences(pl_module, self.config)
+        if differences:
+            raise MisconfigurationException(f"the weights are of another quantization: {'; '.join(differences[:5])}")
 
     def _say_if_uncalibrated(self, pl_module: pl.LightningModule) -> None:
         if not any(q.calibrated for q in quantizers(pl_module)):

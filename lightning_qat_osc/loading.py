@@ -1,0 +1,79 @@
+"""A quantized module from its checkpoint, without a Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from os import PathLike
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from lightning_qat_osc.config import QuantConfig
+from lightning_qat_osc.surgery import quantize_model
+
+__all__ = ["load_quantized"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def load_quantized(
+    module_class: type[Module],
+    checkpoint_path: str | PathLike[str],
+    config: QuantConfig | None = None,
+    *,
+    map_location: Any = None,
+    weights_only: bool = True,
+    **kwargs: Any,
+) -> Module:
+    """Make a LightningModule from a checkpoint of quantization-aware training, with its quantizers.
+
+    ``module_class.load_from_checkpoint`` knows no callbacks, and so refuses a checkpoint with quantizers. This does the
+    same and puts them in. (With ``strict=False`` it loads the latent weights into the plain float model.)
+
+    Args:
+        module_class: The LightningModule's class.
+        checkpoint_path: A checkpoint of :class:`~lightning_qat_osc.QuantizationAwareTraining`.
+        config: How the module is quantized. None: as the checkpoint says; one that was saved with
+            ``save_weights_only=True`` does not.
+        map_location: Where to put the tensors, as in ``torch.load``.
+        weights_only: Read nothing but tensors and plain values. False for a trusted checkpoint with other objects,
+            among its hyperparameters for instance.
+        **kwargs: The module's arguments that are not among the checkpoint's hyperparameters.
+
+    Returns:
+        The module, with its oscillation histories. Training can go on from it.
+
+    Raises:
+        ValueError: If the checkpoint has no quantizers, or does not say how it is quantized and ``config`` is None.
+        RuntimeError: If the checkpoint does not fit the module.
+    """
+    checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=weights_only)
+    state = checkpoint["state_dict"]
+    if not any(key.endswith("_quantizer.grid") for key in state):
+        raise ValueError(
+            f"checkpoint_path must be that of a quantized module, and {checkpoint_path} has no quantizers: use "
+            f"{module_class.__name__}.load_from_checkpoint"
+        )
+    config = config or _config_of(checkpoint)
+    if config is None:
+        raise ValueError(
+            f"{checkpoint_path} does not say how it is quantized (it was saved with save_weights_only=True): give "
+            "config=QuantConfig(...), as QuantizationAwareTraining had it"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found keys that are.*")
+        load = cast(Any, module_class).load_from_checkpoint
+        module: Module = load(checkpoint_path, map_location=map_location, strict=False, **kwargs)
+        warnings.filterwarnings("ignore", message=".*full precision.*")  # training has told
+        quantize_model(module, config)
+    module.load_state_dict(state)
+    return module
+
+
+def _config_of(checkpoint: dict[str, Any]) -> QuantConfig | None:
+    """The configuration in the state of QuantizationAwareTraining, if it is there."""
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict) and {"config", "scale_updates"} <= state.keys():
+            return QuantConfig.from_dict(state["config"])
+    return None

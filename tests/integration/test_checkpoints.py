@@ -1,0 +1,183 @@
+"""Checkpoints of every kind, into every kind of module."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import ConvModule, Data, trainer
+
+from lightning_qat_osc import (
+    BatchNormReestimation,
+    IterativeFreezing,
+    LayerRule,
+    OscillationDampening,
+    OscillationTracking,
+    QuantConfig,
+    QuantizationAwareTraining,
+    load_quantized,
+    oscillation_states,
+    quantize_model,
+)
+from lightning_qat_osc.lookup import scale_parameters
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*below twice the momentum.*"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*"),
+]
+
+
+def callbacks(**kwargs):
+    return [
+        QuantizationAwareTraining(**{"weight_bits": 2, "activation_bits": 3, "scale_learning_rate": 0.01, **kwargs}),
+        OscillationTracking(momentum=0.1),
+        OscillationDampening(),
+        IterativeFreezing(threshold=0.12, final_threshold=0.05),
+        BatchNormReestimation(num_batches=2),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A float run, a quantized one with its full and its weights-only checkpoint, and its module."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    t = trainer([], max_epochs=2)
+    t.fit(ConvModule(lr=0.1, optimizer="AdamW"), Data())
+    t.save_checkpoint(folder / "float.ckpt")
+    module = ConvModule(lr=0.3)
+    t = trainer(callbacks(), max_epochs=4)
+    t.fit(module, Data())
+    t.save_checkpoint(folder / "full.ckpt")
+    t.save_checkpoint(folder / "weights.ckpt", weights_only=True)
+    return folder, module.eval()
+
+
+X = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_full_precision_by_ckpt_path_goes_on_with_its_optimizer(runs, tmp_path):
+    folder, _ = runs
+    saved = torch.load(folder / "float.ckpt", weights_only=True)
+    moments, module = [], ConvModule(lr=0.1, optimizer="AdamW")
+
+    class Look(QuantizationAwareTraining):
+        def on_train_start(self, trainer, pl_module):
+            super().on_train_start(trainer, pl_module)
+            optimizer = trainer.optimizers[0]
+            scales = {id(s) for s in scale_parameters(pl_module)}
+            weights = [p for p in pl_module.parameters() if id(p) not in scales]
+            moments.extend(optimizer.state[p]["exp_avg"].clone() for p in weights)
+
+    t = trainer([Look(2, 3), OscillationTracking(momentum=0.1)], max_epochs=4)
+    t.fit(module, Data(), ckpt_path=folder / "float.ckpt")
+    assert t.current_epoch == 4
+    assert t.global_step == 32
+    states = saved["optimizer_states"][0]["state"]
+    assert len(moments) == len(states)
+    assert all(torch.equal(now, states[i]["exp_avg"]) for i, now in enumerate(moments))
+    assert module.depthwise.weight_quantizer.calibrated
+    t.save_checkpoint(tmp_path / "on.ckpt")
+    on = trainer([Look(2, 3), OscillationTracking(momentum=0.1)], max_epochs=5)
+    on.fit(ConvModule(lr=0.1, optimizer="AdamW"), Data(), ckpt_path=tmp_path / "on.ckpt")
+    assert on.global_step == 40
+
+
+def test_full_precision_by_load_from_checkpoint(runs):
+    folder, _ = runs
+    module = ConvModule.load_from_checkpoint(folder / "float.ckpt")
+    before = module.depthwise.weight.clone()
+    quantized = quantize_model(copy.deepcopy(module), QuantConfig(2, 3))
+    assert torch.equal(quantized.depthwise.weight, before)
+    trainer(callbacks()).fit(module, Data())
+    assert module.depthwise.weight_quantizer.calibrated
+
+
+def test_quantized_without_a_trainer(runs):
+    folder, module = runs
+    loaded = load_quantized(ConvModule, folder / "full.ckpt")
+    assert loaded.hparams.lr == 0.3
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(X), module(X))
+    for name, state in oscillation_states(module).items():
+        assert torch.equal(oscillation_states(loaded)[name].frequency, state.frequency)
+    trainer(callbacks(), max_epochs=1).fit(loaded.train(), Data())  # and goes on
+
+
+def test_weights_only_needs_a_configuration(runs):
+    folder, module = runs
+    with pytest.raises(ValueError, match="does not say how it is quantized.*config"):
+        load_quantized(ConvModule, folder / "weights.ckpt")
+    loaded = load_quantized(ConvModule, folder / "weights.ckpt", QuantConfig(2, 3))
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(X), module(X))
+    with pytest.raises(ValueError, match="has no quantizers: use ConvModule.load_from_checkpoint"):
+        load_quantized(ConvModule, folder / "float.ckpt")
+
+
+@pytest.mark.parametrize("name", ["full", "weights"])
+def test_trainer_tests_a_checkpoint(runs, name):
+    folder, module = runs
+    expected = trainer(callbacks()).test(copy.deepcopy(module), Data(), verbose=False)
+    result = trainer(callbacks()).test(ConvModule(), Data(), ckpt_path=folder / f"{name}.ckpt", verbose=False)
+    assert result == expected
+
+
+def test_the_best_checkpoint_is_tested_and_reloaded(tmp_path):
+    t = trainer([*callbacks(), ModelCheckpoint(tmp_path, monitor="val_loss")], enable_checkpointing=True)
+    t.fit(ConvModule(lr=0.3), Data())
+    best = t.checkpoint_callback.best_model_score.item()
+    assert t.test(datamodule=Data(), ckpt_path="best", verbose=False)[0]["test_loss"] == pytest.approx(best, rel=1e-5)
+
+
+def test_into_the_plain_float_model(runs):
+    folder, module = runs
+    with pytest.raises(RuntimeError, match="Unexpected key.*quantizer"):
+        ConvModule.load_from_checkpoint(folder / "full.ckpt")
+    with pytest.warns(UserWarning, match="Found keys that are not in the model"):
+        plain = ConvModule.load_from_checkpoint(folder / "full.ckpt", strict=False)
+    assert torch.equal(plain.depthwise.weight, module.depthwise.weight)
+    assert not hasattr(plain.depthwise, "weight_quantizer")
+
+
+@pytest.mark.parametrize(
+    ("change", "full", "weights"),
+    [
+        ({"weight_bits": 4}, "weight_bits: 2 before, 4 now", "weight of layer 'depthwise' has 2 bits, not 4 or 8"),
+        ({"activation_bits": 4}, "activation_bits: 3 before, 4", "input of layer 'depthwise' has 3 bits, not 4 or 8"),
+        (
+            {"rules": (LayerRule("point", weight_bits=4),)},
+            "rules: .* before, .*'pattern': 'point'.* now",
+            "weight of layer 'point' has 2 bits, not 4$",
+        ),
+    ],
+)  # fmt: skip
+def test_other_bits_or_rules_are_refused_with_what_differs(runs, change, full, weights):
+    folder, _ = runs
+    with pytest.raises(ValueError, match=full):
+        trainer(callbacks(**change)).fit(ConvModule(), Data(), ckpt_path=folder / "full.ckpt")
+    with pytest.raises(MisconfigurationException, match=weights):
+        trainer(callbacks(**change)).test(ConvModule(), Data(), ckpt_path=folder / "weights.ckpt")
+
+
+def test_another_granularity_is_refused(runs):
+    folder, _ = runs
+    with pytest.raises(RuntimeError, match="size mismatch for stem.weight_quantizer.scale"):
+        load_quantized(ConvModule, folder / "full.ckpt", QuantConfig(2, 3, weight_granularity="per_channel"))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+def test_a_truncated_file_loses_nothing(runs, tmp_path, share):
+    folder, module = runs
+    content = (folder / "full.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(content[: int(share * len(content))])
+    going_on = copy.deepcopy(module).train()
+    before = {key: value.clone() for key, value in going_on.state_dict().items()}
+    with pytest.raises(Exception, match=".") as error:
+        trainer(callbacks()).fit(going_on, Data(), ckpt_path=tmp_path / "cut.ckpt")
+    assert not isinstance(error.value, AssertionError)
+    assert all(torch.equal(value, before[key]) for key, value in going_on.state_dict().items())
+    with pytest.raises(Exception, match="."):
+        load_quantized(ConvModule, tmp_path / "cut.ckpt")
+    trainer(callbacks(), max_epochs=1).fit(going_on, Data())
