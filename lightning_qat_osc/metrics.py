@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_qat_osc.oscillation import OscillationState
+from lightning_qat_osc.sharding import own_part
 
 __all__ = ["SQNR", "FrozenShare", "OscillatingShare", "OscillationFrequency"]
 
@@ -37,7 +38,9 @@ class _MeanOverWeights(Metric):
         """Add the states of :func:`~lightning_qat_osc.oscillation_states`; under FSDP, each rank its shard."""
         sums = torch.stack([self._sum(states[name]).to(self.sums.dtype) for name in self.layers])
         self.sums += sums.to(self.sums.device)
-        self.counts += torch.tensor([states[name].frequency.numel() for name in self.layers]).to(self.counts.device)
+        self.counts += torch.tensor([own_part(states[name].frequency).numel() for name in self.layers]).to(
+            self.counts.device
+        )
 
     def compute(self) -> dict[str, Tensor]:
         """Layer name -> mean over its weights, and ``""`` -> mean over all weights."""
@@ -50,7 +53,7 @@ class OscillationFrequency(_MeanOverWeights):
     """Mean oscillation frequency f, in oscillations per optimizer step (arXiv 2203.11086, Sec. 4.1)."""
 
     def _sum(self, state: OscillationState) -> Tensor:
-        return state.frequency.sum(dtype=torch.float64)
+        return own_part(state.frequency).sum(dtype=torch.float64)
 
 
 class OscillatingShare(_MeanOverWeights):
@@ -66,14 +69,14 @@ class OscillatingShare(_MeanOverWeights):
         self.threshold = threshold
 
     def _sum(self, state: OscillationState) -> Tensor:
-        return (state.frequency > self.threshold).sum()
+        return (own_part(state.frequency) > self.threshold).sum()
 
 
 class FrozenShare(_MeanOverWeights):
     """Share of the weights that iterative freezing has frozen (arXiv 2203.11086, Sec. 4.3)."""
 
     def _sum(self, state: OscillationState) -> Tensor:
-        return state.frozen.sum()
+        return own_part(state.frozen).sum()
 
 
 class SQNR(Metric):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_qat_osc.sharding import sharded_like
+
 __all__ = ["OscillationState", "add_frozen_scale_gradient"]
 
 _TENSORS = ("weight_int", "direction", "frequency", "ema_int", "frozen")
@@ -147,5 +149,5 @@ def add_frozen_scale_gradient(state: OscillationState, weight_grad: Tensor, scal
         scale_grad: Gradient of the scale.
     """
     owed = torch.where(state.frozen, weight_grad, 0.0) * state.weight_int
-    scale_grad.add_(owed.sum_to_size(scale_grad.shape))
+    scale_grad.add_(sharded_like(owed.sum_to_size(scale_grad.shape), scale_grad))
     weight_grad.masked_fill_(state.frozen, 0.0)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight
+from lightning_qat_osc.sharding import whole
 
 __all__ = ["LayerPlan", "format_plan", "quantization_plan"]
 
@@ -57,13 +58,13 @@ def quantization_plan(module: nn.Module) -> list[LayerPlan]:
 def _line(
     name: str, layer: QuantizedLayer, parameter: str | None, w: WeightQuantizer | None, x: InputQuantizer | None
 ) -> LayerPlan:
-    scale = None if x is None else x.scale.item()
+    scale = None if x is None else whole(x.scale).item()
     return LayerPlan(
         layer=name,
         type=layer.float_class.__name__,
         shape=[] if parameter is None else list(latent_weight(layer, parameter).shape),
         weight_bits=None if w is None else w.bits,
-        weight_scale=None if w is None else w.scale.detach().mean().item(),
+        weight_scale=None if w is None else whole(w.scale).detach().mean().item(),
         activation_bits=None if x is None else x.bits,
         activation_scale=scale,
         activation_range=None

@@ -17,6 +17,7 @@ from lightning_qat_osc.functional import fake_quantize, integer_grid, quantize_t
 from lightning_qat_osc.layers import calling_forward
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.ranges import RangeMethod, activation_grid, estimate_scale
+from lightning_qat_osc.sharding import copy_whole_, whole
 
 __all__ = ["InputQuantizer", "QuantizedLayer", "Quantizer", "WeightQuantizer", "latent_weight", "quantized_class"]
 
@@ -66,7 +67,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def set_range(self, scale: Tensor, quant_min: int, quant_max: int, zero_point: int = 0) -> None:
         """Set the scale and the grid, and quantize from now on."""
-        self.scale.copy_(scale.view_as(self.scale))
+        copy_whole_(self.scale, scale.view(self.scale.shape))
         self.quant_min, self.quant_max, self.zero_point = quant_min, quant_max, zero_point
         self.calibrated = True
         self._write_grid()
@@ -151,6 +152,7 @@ class WeightQuantizer(Quantizer):
             None, or what was wrong with the weight and what was done about it.
         """
         assert self.bits is not None
+        weight = whole(weight)
         quant_min, quant_max = integer_grid(self.bits, signed=True)
         groups = self.scale.numel()
         rows = weight.detach().movedim(self.channel_dim, 0).reshape(groups, -1) if groups > 1 else weight.reshape(1, -1)

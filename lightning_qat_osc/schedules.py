@@ -1,9 +1,13 @@
-"""Schedules: factories that return a pure function of the optimizer step, so that there is nothing to save."""
+"""Schedules: factories that return a pure function of the optimizer step, so that there is nothing to save.
+
+What they return can be pickled, as strategies that spawn processes do with callbacks.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 __all__ = ["Schedule", "constant", "cosine_anneal"]
 
@@ -13,7 +17,11 @@ Schedule = Callable[[int], float]
 
 def constant(value: float) -> Schedule:
     """A schedule that stays at ``value``."""
-    return lambda step: value
+    return partial(_constant, value)
+
+
+def _constant(value: float, step: int) -> float:
+    return value
 
 
 def cosine_anneal(initial_value: float, final_value: float, total_steps: int, start: float = 0.0) -> Schedule:
@@ -40,14 +48,13 @@ def cosine_anneal(initial_value: float, final_value: float, total_steps: int, st
         raise ValueError(f"total_steps must be at least 1, got {total_steps=}")
     if not 0.0 <= start < 1.0:
         raise ValueError(f"start must be in [0, 1), got {start=}")
-    start_step = start * total_steps
+    return partial(_cosine, initial_value, final_value, total_steps, start * total_steps)
 
-    def schedule(step: int) -> float:
-        if step <= start_step:
-            return initial_value
-        if step >= total_steps:
-            return final_value
-        progress = (step - start_step) / (total_steps - start_step)
-        return final_value + 0.5 * (initial_value - final_value) * (1.0 + math.cos(math.pi * progress))
 
-    return schedule
+def _cosine(initial_value: float, final_value: float, total_steps: int, start_step: float, step: int) -> float:
+    if step <= start_step:
+        return initial_value
+    if step >= total_steps:
+        return final_value
+    progress = (step - start_step) / (total_steps - start_step)
+    return final_value + 0.5 * (initial_value - final_value) * (1.0 + math.cos(math.pi * progress))

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 
 # from the ground up: a module may import those in lines before its own
 FLOORS = [
-    {"functional", "schedules", "ranges", "layers"},
+    {"sharding", "functional", "schedules", "ranges", "layers"},
     {"oscillation", "regularizers", "batch_norm", "config"},
     {"quantizers", "metrics"},
     {"lookup"},

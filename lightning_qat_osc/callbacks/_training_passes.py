@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_qat_osc.batch_norm import batch_norm_layers
+from lightning_qat_osc.sharding import reshard
 
 __all__ = ["ForwardFn", "can_run_training_step", "training_batches", "training_pass", "without_side_effects"]
 
@@ -116,6 +117,7 @@ def without_side_effects(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
             yield
         finally:
             pl_module.trainer = trainer
+            reshard(pl_module)
 
 
 def can_run_training_step(pl_module: pl.LightningModule) -> bool:

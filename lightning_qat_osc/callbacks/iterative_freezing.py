@@ -13,6 +13,7 @@ from lightning_qat_osc.callbacks.oscillation_tracking import TracksOscillation
 from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.oscillation import add_frozen_scale_gradient
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
+from lightning_qat_osc.sharding import reshard
 
 __all__ = ["IterativeFreezing"]
 
@@ -116,6 +117,7 @@ class IterativeFreezing(TracksOscillation):
         self._hold(pl_module)
 
     def _hold(self, pl_module: pl.LightningModule) -> None:
+        reshard(pl_module)
         for _, weight, q in quantized_weights(pl_module, self.max_bits):
             if q.oscillation is not None:
                 q.oscillation.hold_frozen(weight, q.scale)

@@ -54,12 +54,9 @@ class TracksOscillation(pl.Callback):
         self._momentum = momenta[0] if momenta else 0.01
         self._leads = sharing[0] is self
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hook the optimizers."""
-        self._step_hooks.attach(trainer, lambda optimizer: self._after_step(trainer, pl_module, optimizer))
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin the history of every weight that has none: these are the integers before the first step."""
+        """Hook the optimizers, and begin the history of every weight that has none with its integers of now."""
+        self._step_hooks.attach(trainer, lambda optimizer: self._after_step(trainer, pl_module, optimizer))
         calibrated = quantized_weights(pl_module)
         for _, weight, quantizer in quantized_weights(pl_module, self.max_bits):
             quantizer.start_tracking(weight)

@@ -10,6 +10,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.optim import Optimizer
@@ -116,8 +118,20 @@ class QuantizationAwareTraining(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Insert the quantizers, unless they are in already."""
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            raise MisconfigurationException(
+                f"{type(trainer.strategy).__name__} keeps weights in flat pieces, which have no scales of their own: "
+                "use ModelParallelStrategy, and call lightning_qat_osc.quantize_model before fully_shard in "
+                "configure_model."
+            )
         if stage == "fit":
             self._scale_updates = None
+            if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not quantized_layers(pl_module):
+                rank_zero_warn(
+                    "Training runs in copies of the process, and gives the latent weights back to a module without "
+                    "quantizers. To have it back quantized, call lightning_qat_osc.quantize_model(module, config) with "
+                    "this callback's config before fit, or load a checkpoint with lightning_qat_osc.load_quantized."
+                )
         if quantizable_layers(pl_module):
             quantize_model(pl_module, self.config)
 
@@ -134,8 +148,10 @@ class QuantizationAwareTraining(pl.Callback):
         if self._saved_scale_updates is not None:
             self._scale_updates.load_state_dict(self._saved_scale_updates)
             self._saved_scale_updates = None
-        self._step_hooks.attach(trainer, self._scale_updates.after_step)
         self._make_room_for_scales(trainer, pl_module)
+        # sharded strategies restore from here on, and ask an optimizer for a state of every parameter that it may move
+        for scale in scale_parameters(pl_module) if trainer.strategy.restore_checkpoint_after_setup else []:
+            scale.requires_grad_(False)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -157,7 +173,11 @@ class QuantizationAwareTraining(pl.Callback):
             ]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Initialise the ranges, unless a checkpoint brought them."""
+        """Hook the optimizers, and initialise the ranges, unless a checkpoint brought them."""
+        assert self._scale_updates is not None
+        self._step_hooks.attach(trainer, self._scale_updates.after_step)
+        for scale in scale_parameters(pl_module) if trainer.strategy.restore_checkpoint_after_setup else []:
+            scale.requires_grad_(True)
         self._check_bits(pl_module)
         if all(q.calibrated for q in quantizers(pl_module) if q.bits is not None):
             return

@@ -1,0 +1,179 @@
+"""Run by test_strategies.py, in one process or several: trains, and writes what each rank has."""
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from models import ConvModule, Data, trainer
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+
+from lightning_qat_osc import (
+    BatchNormReestimation,
+    IterativeFreezing,
+    OscillationDampening,
+    OscillationTracking,
+    QuantConfig,
+    QuantizationAwareTraining,
+    oscillation_states,
+    quantize_model,
+)
+from lightning_qat_osc.lookup import quantized_weights, scale_parameters
+from lightning_qat_osc.sharding import own_part, reshard, whole
+
+
+class Net(ConvModule):
+    """The same, sharded or compiled as asked; without batch norm, its gradient is the mean of those of half batches."""
+
+    def __init__(self, lr, optimizer="SGD", shard=None, compiled=False, batch_norm=True):
+        super().__init__(lr, optimizer=optimizer)
+        self.shard, self.compiled, self.configured = shard, compiled, False
+        if not batch_norm:
+            self.bn1 = self.bn2 = nn.Identity()
+
+    def configure_model(self):
+        if self.configured:
+            return
+        self.configured = True
+        if self.shard is not None:
+            quantize_model(self, self.shard)
+            mesh = self.device_mesh["data_parallel"]
+            for layer in (self.stem, self.depthwise):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self, mesh=mesh)
+        if self.compiled:
+            for layer in (self.stem, self.depthwise, self.head):
+                layer.compile(backend="aot_eager")
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
+
+class Look(L.Callback):
+    def __init__(self):
+        self.initial, self.bn, self.logged, self.sent = None, [], {}, None
+
+    def on_train_start(self, trainer, pl_module):
+        self.initial = [whole(s).mean().item() for s in scale_parameters(pl_module)]
+        wrapper = trainer.strategy.model
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+            self.sent = sum(b.numel() * b.element_size() for b in wrapper.modules_buffers)
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.bn = [b.tolist() for name, b in pl_module.named_buffers() if name.endswith("running_mean")]
+
+    def on_train_end(self, trainer, pl_module):
+        self.logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("oscillation")}
+
+
+class Stop(L.Callback):
+    """End a run of more epochs early, as an interruption would."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch + 1 == self.epochs:
+            trainer.should_stop = True
+
+
+def report(module, look=None) -> dict:
+    """What a rank has, in plain numbers: of sharded tensors the whole, and how much of it is here."""
+    reshard(module)
+    states = oscillation_states(module)
+    return {
+        **({} if look is None else {"initial": look.initial, "bn": look.bn, "logged": look.logged, "sent": look.sent}),
+        "quantized": [w.name for w in quantized_weights(module)],
+        "scales": [whole(s).detach().flatten().tolist() for s in scale_parameters(module)],
+        "weights": [whole(p).detach().double().abs().sum().item() for p in module.parameters()],
+        "integers": {n: whole(s.weight_int).flatten().tolist() for n, s in states.items()},
+        "frozen": sum(int(whole(s.frozen).sum()) for s in states.values()),
+        "frequency": {n: whole(s.frequency).sum().item() for n, s in states.items()},
+        "here": sum(own_part(s.weight_int).numel() for s in states.values()),
+        "all": sum(s.weight_int.numel() for s in states.values()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--strategy", default="one")
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--no-batch-norm", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--granularity", default="per_tensor")
+    parser.add_argument("--quantize-first", action="store_true")
+    parser.add_argument("--optimizer", default="SGD")
+    parser.add_argument("--lr", type=float, default=0.3)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--stop", type=int)
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--resume", type=Path)
+    a = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", message="Training runs in copies.*")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = QuantConfig(2, 3, weight_granularity=a.granularity, first_last_bits=None)
+
+    strategies = {
+        "one": "auto",
+        "ddp": DDPStrategy(process_group_backend="gloo"),
+        "ddp_spawn": "ddp_spawn",
+        "ddp_notebook": "ddp_notebook",
+        "fsdp2": ModelParallelStrategy(a.devices, 1, process_group_backend="gloo"),
+    }
+    shard = config if a.strategy == "fsdp2" else None
+    module, look = Net(a.lr, a.optimizer, shard, a.compile, not a.no_batch_norm), Look()
+    if not a.no_batch_norm:
+        for bn in (module.bn1, module.bn2):
+            bn.num_batches_tracked.fill_(1)  # trained before, so calibration does not depend on the size of a batch
+    if a.quantize_first:
+        quantize_model(module, config)
+    callbacks = [
+        QuantizationAwareTraining(
+            2,
+            3,
+            first_last_bits=None,
+            weight_granularity=a.granularity,
+            scale_learning_rate=0.01,
+            calibration_batches=8,
+        ),
+        OscillationTracking(momentum=0.1),
+        OscillationDampening(final_weight=1e-2),
+        IterativeFreezing(threshold=0.12, final_threshold=0.05),
+        BatchNormReestimation(num_batches=8),
+        look,
+    ]
+    if a.stop is not None:
+        callbacks.append(Stop(a.stop))
+    devices = 1 if a.strategy == "one" else a.devices
+    t = trainer(
+        callbacks,
+        max_epochs=a.epochs,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        strategy=strategies[a.strategy],
+        devices=devices,
+        precision=a.precision,
+    )
+    torch.manual_seed(1)
+    t.fit(module, Data(batch_size=8 // devices), ckpt_path=a.resume)
+    (a.folder / f"rank{t.global_rank}.json").write_text(json.dumps(report(module, look)))
+    if a.save is not None:
+        t.save_checkpoint(a.save)
+
+
+if __name__ == "__main__":
+    main()

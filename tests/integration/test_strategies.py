@@ -1,0 +1,138 @@
+"""Two processes with gloo on the CPU, under each strategy."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import ConvModule, Data, trainer
+
+from lightning_qat_osc import QuantizationAwareTraining, load_quantized
+
+SCRIPT = Path(__file__).parent / "distributed_script.py"
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(folder, *arguments):
+    """The reports of all ranks, and what was printed."""
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), str(folder), *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))], result.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One run of each strategy, made when it is asked for."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+
+    def get(*arguments):
+        if arguments not in made:
+            made[arguments] = run(folder / str(len(made)), *arguments)
+        return made[arguments]
+
+    return get
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("compiled", [(), ("--compile",)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_both_ranks_have_the_same_of_everything(runs, strategy, compiled, granularity):
+    (first, second), _ = runs("--strategy", strategy, "--granularity", granularity, *compiled)
+    here = first.pop("here"), second.pop("here")
+    assert first == second
+    assert first["frozen"] > 0
+    assert first["logged"]["oscillation/frozen"] == pytest.approx(first["frozen"] / first["all"])
+    assert first["logged"]["oscillation/frequency"] == pytest.approx(sum(first["frequency"].values()) / first["all"])
+    # each rank keeps the history of the weights that it keeps
+    assert sum(here) == (first["all"] if strategy == "fsdp2" else 2 * first["all"])
+    assert strategy == "ddp" or max(here) < 0.8 * first["all"]
+
+
+def test_sharded_is_as_replicated(runs):
+    (ddp, _), _ = runs("--strategy", "ddp", "--granularity", "per_channel")
+    (fsdp2, _), _ = runs("--strategy", "fsdp2", "--granularity", "per_channel")
+    assert ddp["integers"] == fsdp2["integers"]
+    assert ddp["frozen"] == fsdp2["frozen"]
+    assert ddp["weights"] == pytest.approx(fsdp2["weights"], rel=1e-4)
+    for key in ("scales", "bn"):
+        for ours, theirs in zip(ddp[key], fsdp2[key]):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_ranges_are_those_of_one_process_on_all_the_batches(runs):
+    # both saw the same 64 images before the first step: in halves on two ranks, or whole
+    (one,), _ = runs("--strategy", "one")
+    for strategy in ("ddp", "fsdp2"):
+        (first, _), _ = runs("--strategy", strategy, "--granularity", "per_tensor")
+        assert first["initial"] == pytest.approx(one["initial"], rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_half_batches_on_two_ranks_are_whole_ones_on_one(runs, strategy):
+    # in 64 bits, where rounding makes no difference to which integer a weight has
+    options = ("--no-batch-norm", "--precision", "64-true", "--lr", "0.1")
+    (one,), _ = runs("--strategy", "one", *options)
+    (first, _), _ = runs("--strategy", strategy, *options)
+    for ours, theirs in zip(first["scales"], one["scales"]):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+    assert first["weights"] == pytest.approx(one["weights"], rel=1e-9)
+    assert first["integers"] == one["integers"]
+    assert first["frozen"] == one["frozen"] > 0
+
+
+def test_oscillation_state_is_never_broadcast(runs):
+    # before each forward pass DDP sends batch norm's buffers (2 layers of 4 channels, and counts of 8 bytes), the
+    # grids of 8 quantizers (5 floats each), and nothing of the 11 bytes of each of 140 weights
+    (first, _), _ = runs("--strategy", "ddp", "--granularity", "per_tensor")
+    assert first["sent"] == 2 * (2 * 4 * 4 + 8) + 8 * 5 * 4
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
+def test_a_training_in_copies_of_the_process_gives_back_what_it_was_given(runs, strategy):
+    (plain,), told = runs("--strategy", strategy, "--epochs", "1")
+    assert plain["quantized"] == []
+    assert "gives the latent weights back to a module without quantizers" in " ".join(told.split())
+    (quantized,), told = runs("--strategy", strategy, "--epochs", "1", "--quantize-first")
+    assert "gives the latent weights back" not in " ".join(told.split())
+    (ddp, _), _ = runs("--strategy", "ddp", "--epochs", "1")
+    for key in ("quantized", "scales", "integers", "frozen", "frequency"):
+        assert quantized[key] == ddp[key], key
+    assert plain["weights"] == pytest.approx(weights_alone(ddp))
+
+
+def weights_alone(report):
+    scales = {round(sum(map(abs, s)), 9) for s in report["scales"]}
+    return [w for w in report["weights"] if round(w, 9) not in scales]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_resume(runs, tmp_path, strategy):
+    checkpoint = tmp_path / "stop.ckpt"
+    options = ("--strategy", strategy, "--optimizer", "AdamW", "--lr", "0.01")
+    (unbroken, _), _ = runs(*options, "--epochs", "3", "--save", tmp_path / "end.ckpt")
+    run(tmp_path / "first", *options, "--epochs", "3", "--stop", "2", "--save", checkpoint)
+    (resumed, _), _ = run(tmp_path / "second", *options, "--epochs", "3", "--resume", checkpoint)
+    for key in ("scales", "weights", "integers", "frozen", "frequency", "logged"):
+        assert resumed[key] == unbroken[key], key
+
+
+def test_a_ddp_checkpoint_in_one_process(runs, tmp_path):
+    runs("--strategy", "ddp", "--epochs", "1", "--save", tmp_path / "ddp.ckpt")
+    module = load_quantized(ConvModule, tmp_path / "ddp.ckpt")
+    assert module.depthwise.weight_quantizer.bits == 2
+
+
+def test_flat_parameters_are_refused():
+    class OnCPU(FSDPStrategy):
+        """Lightning and torch refuse FSDPStrategy itself on a CPU, later."""
+
+    t = trainer([QuantizationAwareTraining()], strategy=OnCPU(process_group_backend="gloo"))
+    with pytest.raises(MisconfigurationException, match="use ModelParallelStrategy"):
+        t.fit(ConvModule(), Data())
