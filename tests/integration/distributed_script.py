@@ -7,11 +7,13 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from models import ConvModule, Data, trainer
+from models import ConvModule, Data, dataset, trainer
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_qat_osc import (
     BatchNormReestimation,
@@ -27,21 +29,33 @@ from lightning_qat_osc.lookup import quantized_weights, scale_parameters
 from lightning_qat_osc.sharding import own_part, reshard, whole
 
 
+def config_of(granularity):
+    return QuantConfig(2, 3, weight_granularity=granularity, first_last_bits=None)
+
+
 class Net(ConvModule):
     """The same, sharded or compiled as asked; without batch norm, its gradient is the mean of those of half batches."""
 
-    def __init__(self, lr, optimizer="SGD", shard=None, compiled=False, batch_norm=True):
+    def __init__(self, lr, optimizer="SGD", granularity=None, compiled=False, batch_norm=True):
         super().__init__(lr, optimizer=optimizer)
-        self.shard, self.compiled, self.configured = shard, compiled, False
+        self.granularity, self.compiled, self.configured = granularity, compiled, False
+        self.activation = F.relu
         if not batch_norm:
             self.bn1 = self.bn2 = nn.Identity()
+            # sums of quantized products are often exactly 0, where relu has two gradients, and rounding chooses
+            self.activation = F.silu
+
+    def forward(self, x):
+        x = self.activation(self.bn1(self.stem(x)))
+        x = self.activation(self.bn2(self.depthwise(x)))
+        return self.head(self.activation(self.point(x)).mean((2, 3)))
 
     def configure_model(self):
         if self.configured:
             return
         self.configured = True
-        if self.shard is not None:
-            quantize_model(self, self.shard)
+        if self.granularity is not None:
+            quantize_model(self, config_of(self.granularity))
             mesh = self.device_mesh["data_parallel"]
             for layer in (self.stem, self.depthwise):
                 fully_shard(layer, mesh=mesh)
@@ -57,6 +71,15 @@ class Net(ConvModule):
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
+
+class InOrder(Data):
+    """Together the ranks see the batches that one process sees, in the same order: Lightning's own sampler shuffles."""
+
+    def train_dataloader(self):
+        data = dataset()
+        sampler = DistributedSampler(data, shuffle=False) if dist.is_initialized() else None
+        return DataLoader(data, self.batch_size, sampler=sampler)
 
 
 class Look(L.Callback):
@@ -125,7 +148,6 @@ def main() -> None:
     warnings.filterwarnings("default", message="Training runs in copies.*")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = QuantConfig(2, 3, weight_granularity=a.granularity, first_last_bits=None)
 
     strategies = {
         "one": "auto",
@@ -134,13 +156,13 @@ def main() -> None:
         "ddp_notebook": "ddp_notebook",
         "fsdp2": ModelParallelStrategy(a.devices, 1, process_group_backend="gloo"),
     }
-    shard = config if a.strategy == "fsdp2" else None
-    module, look = Net(a.lr, a.optimizer, shard, a.compile, not a.no_batch_norm), Look()
+    sharded = a.granularity if a.strategy == "fsdp2" else None
+    module, look = Net(a.lr, a.optimizer, sharded, a.compile, not a.no_batch_norm), Look()
     if not a.no_batch_norm:
         for bn in (module.bn1, module.bn2):
             bn.num_batches_tracked.fill_(1)  # trained before, so calibration does not depend on the size of a batch
     if a.quantize_first:
-        quantize_model(module, config)
+        quantize_model(module, config_of(a.granularity))
     callbacks = [
         QuantizationAwareTraining(
             2,
@@ -167,9 +189,10 @@ def main() -> None:
         strategy=strategies[a.strategy],
         devices=devices,
         precision=a.precision,
+        use_distributed_sampler=False,
     )
     torch.manual_seed(1)
-    t.fit(module, Data(batch_size=8 // devices), ckpt_path=a.resume)
+    t.fit(module, InOrder(batch_size=8 // devices), ckpt_path=a.resume)
     (a.folder / f"rank{t.global_rank}.json").write_text(json.dumps(report(module, look)))
     if a.save is not None:
         t.save_checkpoint(a.save)
