@@ -35,6 +35,13 @@ from lightning_qat_osc.surgery import bits_differences, quantizable_layers, quan
 
 __all__ = ["QuantizationAwareTraining"]
 
+# they copy the model in `setup`, and pair its parameters with the copy's by position; the first is not in Lightning 2.5
+_COPY_THE_MODEL = tuple(
+    getattr(pl.callbacks, name)
+    for name in ("WeightAveraging", "StochasticWeightAveraging")
+    if hasattr(pl.callbacks, name)
+)
+
 
 class QuantizationAwareTraining(pl.Callback):
     """Trains any LightningModule with simulated quantization of its weights and activations (LSQ, arXiv 1902.08153).
@@ -124,6 +131,7 @@ class QuantizationAwareTraining(pl.Callback):
                 "use ModelParallelStrategy, and call lightning_qat_osc.quantize_model before fully_shard in "
                 "configure_model."
             )
+        self._check_other_callbacks(trainer)
         if stage == "fit":
             self._scale_updates = None
             if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not quantized_layers(pl_module):
@@ -134,6 +142,31 @@ class QuantizationAwareTraining(pl.Callback):
                 )
         if quantizable_layers(pl_module):
             quantize_model(pl_module, self.config)
+
+    def _check_other_callbacks(self, trainer: pl.Trainer) -> None:
+        """Refuse callbacks that would work on another model than the quantized one.
+
+        Raises:
+            MisconfigurationException: If there is one.
+        """
+        name, callbacks = type(self).__name__, list(trainer.callbacks)  # type: ignore[attr-defined]
+        if any(isinstance(c, QuantizationAwareTraining) and c is not self for c in callbacks):
+            raise MisconfigurationException(
+                "only one QuantizationAwareTraining can quantize a module: give the Trainer one, and LayerRule(...) in "
+                "its rules for layers that are to differ."
+            )
+        for other in callbacks:
+            if isinstance(other, pl.callbacks.ModelPruning):
+                raise MisconfigurationException(
+                    f"{name} and ModelPruning exclude each other: both replace the weight that a layer computes with. "
+                    "Prune in a run before, and make it permanent."
+                )
+        for other in callbacks[: callbacks.index(self)]:
+            if isinstance(other, _COPY_THE_MODEL):
+                raise MisconfigurationException(
+                    f"{name} must come before {type(other).__name__} in the Trainer's callbacks: that one copies the "
+                    "model, and its copy needs the quantizers."
+                )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the updates of the scales."""
