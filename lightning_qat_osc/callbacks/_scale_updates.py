@@ -54,7 +54,8 @@ class ScaleUpdates:
     """Moves the scales with an Adam of their own, whatever optimizer the user has.
 
     The scales are parameters of the user's optimizer, so ``zero_grad`` and the unscaling of gradients reach them; they
-    are added to its first group if it was built without them, which no learning-rate scheduler notices. Before its step
+    are added to its first group if it was built without them, which no learning-rate scheduler notices. Scales that a
+    finetuning callback has frozen are left to it, which adds them with the weights. Before its step
     their gradients are taken out of its sight: it leaves alone what has no gradient, its weight decay included, and the
     norm by which the weights' gradients are clipped is theirs alone. After its step Adam's is made.
 
@@ -85,7 +86,8 @@ class ScaleUpdates:
         for i, (optimizer, ids) in enumerate(zip(optimizers, owned)):
             own = [q for q, index in owner.items() if index == i]
             if own and optimizer.param_groups:  # Lightning's stand-in for no optimizer has none
-                optimizer.param_groups[0]["params"] += [q.scale for q in own if id(q.scale) not in ids]
+                new = [q.scale for q in own if id(q.scale) not in ids and q.scale.requires_grad]
+                optimizer.param_groups[0]["params"] += new
                 self._updates[optimizer] = _LogSteps(own, optimizer, learning_rate)
 
     def before_step(self, optimizer: Optimizer) -> None:
