@@ -15,11 +15,17 @@ __all__ = ["batch_norm_divergence", "batch_norm_layers", "batch_statistics", "re
 
 
 def batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch-norm layers of a model that keep running statistics, by name."""
+    """The batch-norm layers of a model that keep running statistics, by name.
+
+    Not those that are told to keep the ones they have, as Lightning's BaseFinetuning tells frozen layers.
+    """
     return {
         name: layer
         for name, layer in module.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
+        if isinstance(layer, _BatchNorm)
+        and layer.track_running_stats
+        and layer.running_mean is not None
+        and layer.running_var is not None
     }
 
 
