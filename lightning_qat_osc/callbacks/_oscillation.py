@@ -56,9 +56,9 @@ def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> None:
 
 
 def owned_by(optimizer: Optimizer, pl_module: pl.LightningModule, max_bits: int) -> list[QuantizedWeight]:
-    """The low-bit weights that an optimizer updates."""
+    """The low-bit weights that an optimizer updates; not those that their owner holds fixed."""
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [w for w in quantized_weights(pl_module, max_bits) if id(w.weight) in owned]
+    return [w for w in quantized_weights(pl_module, max_bits) if w.weight.requires_grad and id(w.weight) in owned]
 
 
 def run_length(trainer: pl.Trainer, what: str) -> int:
