@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
@@ -76,6 +77,12 @@ def run_length(trainer: pl.Trainer, what: str) -> int:
             f"{what} is annealed over the run, whose number of optimizer steps is not known: set "
             "Trainer(max_steps=...), or Trainer(max_epochs=..., limit_train_batches=...) for a loader without a length."
         )
+    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if schedulers and trainer.max_epochs != -1 and math.isfinite(trainer.num_training_batches):
+        # the Trainer counts as if nothing were accumulated: its scheduler only speaks up as an epoch begins
+        counts = [schedulers[0].get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs or 1)]
+        steps = sum(math.ceil(trainer.num_training_batches / count) for count in counts)
+        steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
     if not trainer.lightning_module.automatic_optimization and trainer.max_steps == -1:
         steps *= len(trainer.optimizers)  # global_step counts the steps of all of them
     return max(1, int(steps))
