@@ -12,7 +12,17 @@ from torch.optim import Optimizer
 from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat_osc.lookup import QuantizedWeight, quantized_weights
 
-__all__ = ["check_number", "check_share", "is_log_step", "owned_by", "require_quantization", "run_length"]
+__all__ = [
+    "check_number",
+    "check_share",
+    "is_log_step",
+    "owned_by",
+    "require_averaging_before",
+    "require_quantization",
+    "run_length",
+]
+
+_WeightAveraging = getattr(pl.callbacks, "WeightAveraging", ())  # not in Lightning 2.5
 
 
 def check_number(name: str, value: float, *, low: float, high: float = math.inf, low_open: bool = False) -> None:
@@ -54,6 +64,21 @@ def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> None:
             f"QuantizationAwareTraining must come before {name} in the Trainer's callbacks: it inserts the quantizers "
             "and moves their scales, which the others then read."
         )
+
+
+def require_averaging_before(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Insist that averaged weights are in place when a callback prepares the model for an evaluation.
+
+    Raises:
+        MisconfigurationException: If a WeightAveraging, which swaps them in, comes after it.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks[callbacks.index(callback) :]:
+        if isinstance(other, _WeightAveraging):
+            raise MisconfigurationException(
+                f"{type(other).__name__} must come before {type(callback).__name__} in the Trainer's callbacks, and "
+                "after QuantizationAwareTraining: what it swaps in before an evaluation is yet to be prepared for it."
+            )
 
 
 def owned_by(optimizer: Optimizer, pl_module: pl.LightningModule, max_bits: int) -> list[QuantizedWeight]:

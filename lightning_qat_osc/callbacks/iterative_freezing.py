@@ -8,7 +8,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_qat_osc.callbacks._oscillation import check_number, check_share, is_log_step, owned_by, run_length
+from lightning_qat_osc.callbacks._oscillation import (
+    check_number,
+    check_share,
+    is_log_step,
+    owned_by,
+    require_averaging_before,
+    run_length,
+)
 from lightning_qat_osc.callbacks.oscillation_tracking import TracksOscillation
 from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.oscillation import add_frozen_scale_gradient
@@ -68,6 +75,7 @@ class IterativeFreezing(TracksOscillation):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Agree on the momentum, and compare the threshold with it."""
         super().setup(trainer, pl_module, stage)
+        require_averaging_before(trainer, self)
         lowest = min(self.threshold, self.final_threshold)
         if stage == "fit" and lowest < 2.0 * self._momentum:
             rank_zero_warn(
