@@ -1,4 +1,4 @@
-"""A hook after the steps that optimizers really take."""
+"""A hook after the steps that optimizers really take, and which of them are logged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["OptimizerStepHooks"]
+__all__ = ["OptimizerStepHooks", "is_log_step"]
 
 
 class OptimizerStepHooks:
@@ -36,3 +36,9 @@ class OptimizerStepHooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def is_log_step(trainer: pl.Trainer) -> bool:
+    """Whether the loggers take the figures of the optimizer step that has just been made."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(every) and (trainer.global_step % every == 0 or trainer.is_last_batch)

@@ -15,7 +15,6 @@ from lightning_qat_osc.lookup import QuantizedWeight, quantized_weights
 __all__ = [
     "check_number",
     "check_share",
-    "is_log_step",
     "owned_by",
     "require_averaging_before",
     "require_quantization",
@@ -111,9 +110,3 @@ def run_length(trainer: pl.Trainer, what: str) -> int:
     if not trainer.lightning_module.automatic_optimization and trainer.max_steps == -1:
         steps *= len(trainer.optimizers)  # global_step counts the steps of all of them
     return max(1, int(steps))
-
-
-def is_log_step(trainer: pl.Trainer) -> bool:
-    """Whether the loggers take the figures of the optimizer step that has just been made."""
-    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return bool(every) and (trainer.global_step % every == 0 or trainer.is_last_batch)

@@ -8,10 +8,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_qat_osc.callbacks._optimizer_steps import is_log_step
 from lightning_qat_osc.callbacks._oscillation import (
     check_number,
     check_share,
-    is_log_step,
     owned_by,
     require_averaging_before,
     run_length,

@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
-from lightning_qat_osc.callbacks._oscillation import check_number, is_log_step, owned_by, require_quantization
+from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
+from lightning_qat_osc.callbacks._oscillation import check_number, owned_by, require_quantization
 from lightning_qat_osc.lookup import oscillation_states, quantized_weights
 from lightning_qat_osc.metrics import FrozenShare, OscillatingShare, OscillationFrequency
 

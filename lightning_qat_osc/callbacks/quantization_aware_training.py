@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_qat_osc.batch_norm import batch_norm_layers, batch_statistics
 from lightning_qat_osc.calibration import Calibrator
-from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
+from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
 from lightning_qat_osc.callbacks._scale_updates import ScaleUpdates, with_room_for_scales
 from lightning_qat_osc.callbacks._training_passes import (
     ForwardFn,
@@ -251,13 +252,31 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Under manual optimization: initialise the ranges once enough steps have been watched."""
+        """Look for NaN, at the first step and at those that log; under manual optimization, initialise the ranges."""
+        if trainer.global_step == 1 or is_log_step(trainer):
+            self._check_scales(trainer, pl_module)
         if self._watching is not None and batch_idx + 1 >= self.calibration_batches:
             self._stop_watching(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Under manual optimization: an epoch shorter than ``calibration_batches`` has to do."""
+        """Look for NaN; under manual optimization, an epoch shorter than ``calibration_batches`` has to do."""
+        self._check_scales(trainer, pl_module)
         self._stop_watching(pl_module)
+
+    def _check_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop at NaN before it is evaluated, saved or counted: its integers would look like weights that have settled.
+
+        Raises:
+            MisconfigurationException: If a scale is not finite, which a loss that was NaN leaves behind in all of them.
+        """
+        scales = [s.detach().isfinite().all() for s in scale_parameters(pl_module)]
+        if scales and not bool(torch.stack(scales).all()):
+            raise MisconfigurationException(
+                f"scales of the quantizers are not finite after optimizer step {trainer.global_step}: a loss or "
+                "gradient was NaN or inf in it or shortly before, and weights cannot recover. Lower the learning rate, "
+                "return None from training_step for such batches, or find the operation with "
+                "Trainer(detect_anomaly=True)."
+            )
 
     def _stop_watching(self, pl_module: pl.LightningModule) -> None:
         if self._watching is not None:
