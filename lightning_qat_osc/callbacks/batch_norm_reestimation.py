@@ -84,11 +84,11 @@ class BatchNormReestimation(pl.Callback):
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Re-estimate, and log how far the statistics were off."""
         if not trainer.sanity_checking:
-            self._log(pl_module, self._reestimate(trainer, pl_module))
+            self._log(trainer, pl_module, self._reestimate(trainer, pl_module))
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Re-estimate, and log how far the statistics were off."""
-        self._log(pl_module, self._reestimate(trainer, pl_module))
+        self._log(trainer, pl_module, self._reestimate(trainer, pl_module))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Re-estimate for whoever uses the module after fit."""
@@ -108,8 +108,8 @@ class BatchNormReestimation(pl.Callback):
                 return {}
             return reestimate_batch_norm(pl_module, _chain(first, batches), forward, layers=self._trained)
 
-    def _log(self, pl_module: pl.LightningModule, divergence: dict[str, Tensor]) -> None:
-        if not self.log_divergence or not divergence:
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, divergence: dict[str, Tensor]) -> None:
+        if not self.log_divergence or not divergence or trainer.barebones:
             return
         means = {name: value.mean() for name, value in divergence.items()}
         for name, value in means.items():

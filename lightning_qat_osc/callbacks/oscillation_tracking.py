@@ -111,6 +111,8 @@ class OscillationTracking(TracksOscillation):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the figures for callbacks that look at the end of validation."""
+        if trainer.barebones:
+            return
         if trainer.training or (trainer.validating and trainer.state.fn == "fit" and not trainer.sanity_checking):
             self._log(pl_module, on_step=False)
 
