@@ -56,7 +56,13 @@ class TracksOscillation(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the optimizers, and begin the history of every weight that has none with its integers of now."""
-        self._step_hooks.attach(trainer, lambda optimizer: self._after_step(trainer, pl_module, optimizer))
+
+        def after_step(optimizer: Optimizer) -> None:
+            # where training_step returned None, Lightning steps without gradients, and nothing moves
+            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                self._after_step(trainer, pl_module, optimizer)
+
+        self._step_hooks.attach(trainer, after_step)
         calibrated = quantized_weights(pl_module)
         for _, weight, quantizer in quantized_weights(pl_module, self.max_bits):
             quantizer.start_tracking(weight)
