@@ -233,6 +233,8 @@ def training_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, num_bat
     loaders = _train_dataloaders(trainer, pl_module)
     if loaders is None:
         return
+    if isinstance(loaders, CombinedLoader):  # as a hook returns it; the Trainer hands out what is in it
+        loaders = loaders.iterables
     combined = CombinedLoader(loaders, "max_size_cycle")
     states = [(g, g.get_state()) for loader in combined.flattened for g in _generators(loader)]
     combined.flattened = [_independent(loader) for loader in combined.flattened]
