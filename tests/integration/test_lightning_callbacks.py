@@ -254,6 +254,18 @@ def test_stochastic_weight_averaging_ends_with_the_mean_of_its_epochs():
         assert torch.equal(layer.weight[state.frozen], (layer.weight_quantizer.scale * state.weight_int)[state.frozen])
 
 
+@pytest.mark.filterwarnings("ignore:.*`lr_scheduler.step.*` before `optimizer.step.*")
+@pytest.mark.xfail(strict=True, reason="it adds an epoch without steps of its own to the run before schedules are laid")
+def test_schedules_end_with_the_steps_under_stochastic_weight_averaging(tmp_path):
+    logger = CSVLogger(tmp_path)
+    averaging = StochasticWeightAveraging(swa_lrs=0.3, swa_epoch_start=2)
+    t = trainer([qat(), averaging, *others()], max_epochs=4, logger=logger, log_every_n_steps=1)
+    t.fit(ConvModule(lr=0.3), Data())
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["oscillation/dampening_weight"]]
+    assert float(rows[-1]["oscillation/dampening_weight"]) == pytest.approx(1e-2, rel=0.01)
+
+
 def test_learning_rates_are_logged_for_the_users_groups_alone(tmp_path):
     class Groups(ConvModule):
         def configure_optimizers(self):
@@ -522,6 +534,20 @@ def test_a_search_for_the_learning_rate_leaves_no_trace(tmp_path, kind):
     plain, plainly = searched(None, tmp_path, lr=found)
     assert_same(plainly.state, begin.state)
     assert_same(snapshot(plain), snapshot(module))
+
+
+def test_a_search_before_the_first_epoch_is_one_in_full_precision(tmp_path):
+    active = []
+
+    class Watched(Searched):
+        def training_step(self, batch, batch_idx):
+            if torch.is_grad_enabled():
+                active.append(self.point.weight_quantizer.active)
+            return super().training_step(batch, batch_idx)
+
+    finder = LearningRateFinder(num_training_steps=12, early_stop_threshold=None)
+    trainer([finder, *ours()], default_root_dir=tmp_path).fit(Watched())
+    assert active == [False] * 12 + [True] * 16
 
 
 @pytest.mark.xfail(
