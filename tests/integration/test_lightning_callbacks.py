@@ -615,11 +615,18 @@ def test_pruning_is_refused_by_name():
     assert_same(before, module.state_dict())
 
 
+def test_a_network_pruned_before_keeps_its_mask():
+    module = ConvModule()
+    nn.utils.prune.l1_unstructured(module.point, "weight", amount=0.5)
+    with pytest.warns(UserWarning, match="'point' computes its weight from other parameters"):
+        trainer(ours()).fit(module, Data())
+    assert module.point.weight_quantizer.calibrated
+    assert (module.point.weight[module.point.weight_mask == 0] == 0).all()
+
+
 def test_a_network_pruned_for_good_trains():
     module = ConvModule()
     nn.utils.prune.l1_unstructured(module.point, "weight", amount=0.5)
-    with pytest.raises(ValueError, match="'point' computes its weight from other parameters"):
-        trainer(ours()).fit(module, Data())
     nn.utils.prune.remove(module.point, "weight")
     trainer(ours()).fit(module, Data())
     assert module.point.weight_quantizer.calibrated
