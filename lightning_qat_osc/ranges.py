@@ -95,6 +95,16 @@ def _mse_scale(weighted: _Weighted, covering: Tensor, quant_min: int, quant_max:
     return covering * best_share
 
 
+def _power_of_two(largest: Tensor) -> Tensor:
+    """A power of two near each largest absolute value, [G].
+
+    In these units squares of tiny values are not 0 and sums of huge ones not infinite, and nothing is rounded. Taken on
+    the CPU, where powers are exact on every machine.
+    """
+    exponent = torch.frexp(largest.cpu()).exponent.clamp_(-126, 126)
+    return torch.ldexp(torch.ones_like(exponent, dtype=largest.dtype), exponent).to(largest.device)
+
+
 @torch.no_grad()
 def estimate_scale(x: Tensor, quant_min: int, quant_max: int, method: RangeMethod = "mse") -> Tensor:
     """Estimate the scale of each row of values for a given grid.
@@ -108,26 +118,31 @@ def estimate_scale(x: Tensor, quant_min: int, quant_max: int, method: RangeMetho
             is 2 mean|x| / sqrt(quant_max) (arXiv 1902.08153, Sec. 2.1).
 
     Returns:
-        Positive scales, [G].
+        Positive scales, [G], within the normal numbers of 32 bits.
 
     Raises:
         ValueError: If the method is unknown.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    smallest = torch.finfo(torch.float32).tiny
-    covering = _covering_scale(x.amin(dim=1), x.amax(dim=1), quant_min, quant_max).clamp_min(smallest)
+    low, high = x.amin(dim=1), x.amax(dim=1)
+    unit = _power_of_two(torch.maximum(-low, high))
+    x, low, high = x / unit.unsqueeze(1), low / unit, high / unit
+    smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    covering = _covering_scale(low, high, quant_min, quant_max).clamp_min(smallest)
     if method == "minmax":
-        return covering
-    if method == "lsq":
-        return (2.0 * x.abs().mean(dim=1) / math.sqrt(max(quant_max, 1))).clamp_min(smallest)
-    if method == "percentile":
+        scale = covering
+    elif method == "lsq":
+        scale = 2.0 * x.abs().mean(dim=1) / math.sqrt(max(quant_max, 1))
+    elif method == "percentile":
         scale = _covering_scale(*_percentiles(_compress(x), _TAIL), quant_min, quant_max)
-        return torch.where(scale > smallest, scale, covering)  # more than 99.9 % zeros
-    if method == "mse":
+        scale = torch.where(scale > smallest, scale, covering)  # more than 99.9 % zeros
+    elif method == "mse":
         rows = max(1, _BLOCK // x.shape[1])
         blocks = zip(torch.split(x, rows), torch.split(covering, rows))
-        return torch.cat([_mse_scale(_compress(b), cover, quant_min, quant_max) for b, cover in blocks])
-    raise ValueError(f"method must be 'mse', 'minmax', 'percentile' or 'lsq', got {method=}")
+        scale = torch.cat([_mse_scale(_compress(b), cover, quant_min, quant_max) for b, cover in blocks])
+    else:
+        raise ValueError(f"method must be 'mse', 'minmax', 'percentile' or 'lsq', got {method=}")
+    return (scale * unit).clamp(smallest, largest)
 
 
 @torch.no_grad()
