@@ -206,7 +206,12 @@ class Calibrator:
 
     def _calibrate(self, name: str, layer: QuantizedLayer) -> Iterator[str]:
         for parameter, w in layer.weight_quantizers().items():
-            if not w.calibrated and (word := w.calibrate(latent_weight(layer, parameter))):
+            if w.calibrated or w.bits is None:
+                continue
+            weight = latent_weight(layer, parameter)
+            if weight.numel() == 0:
+                w.set_bits(None)  # no values, no range
+            elif word := w.calibrate(weight):
                 yield f"{parameter}: {word}"
         inputs = {argument: q for argument, q in layer.input_quantizers().items() if not q.calibrated}
         if name not in self._called:

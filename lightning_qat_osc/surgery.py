@@ -189,8 +189,6 @@ def _check_supported(name: str, layer: nn.Module) -> None:
                 f"layer '{name}' has a {parameter} of {weight.dtype}; quantization takes 16 to 64-bit floating-point "
                 f"numbers. {leave_out}."
             )
-        if weight.numel() == 0:
-            raise ValueError(f"layer '{name}' has an empty {parameter}, of shape {tuple(weight.shape)}. {leave_out}.")
     if getattr(layer, "sparse", False):
         raise ValueError(
             f"layer '{name}' has sparse gradients, quantization has none. {leave_out}, or set sparse=False."
