@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from lightning_qat_osc.ranges import RangeMethod
@@ -17,19 +19,51 @@ Bits = int | None | Literal["default"]
 """A width of 2 to 8, None for full precision, or "default" for what the rest of the model has."""
 
 
-def check_bits(name: str, value: object, *, default_allowed: bool = False) -> None:
+def check_bits(name: str, value: object, *, none_allowed: bool = True, default_allowed: bool = False) -> None:
     """Refuse a bit width that is none.
 
     Raises:
         TypeError: If it is not an integer.
         ValueError: If it is outside 2 to 8.
     """
-    if value is None or (default_allowed and value == "default"):
+    if (none_allowed and value is None) or (default_allowed and value == "default"):
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer from 2 to 8 or None, got {value!r}")
+        raise TypeError(f"{name} must be an integer from 2 to 8{' or None' if none_allowed else ''}, got {value!r}")
     if not 2 <= value <= 8:
         raise ValueError(f"{name} must be from 2 to 8, got {value}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what does not count something.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_number(
+    name: str, value: object, *, low: float, high: float = math.inf, low_open: bool = False, high_open: bool = False
+) -> None:
+    """Refuse a number outside ``[low, high]`` (or one open at an end), infinity and NaN.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is outside.
+    """
+    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or math.isinf(high) else ']'}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in {interval}, got {value!r}")
+    number = float(value)
+    above = low < number if low_open else low <= number
+    below = number < high if high_open else number <= high
+    if not above or not below or math.isinf(number):
+        raise ValueError(f"{name} must be in {interval}, got {value}")
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -93,7 +127,7 @@ class QuantConfig:
         rules: Exceptions by layer name or type.
 
     Raises:
-        TypeError: If a bit width is not an integer.
+        TypeError: If a bit width is not an integer, or a rule no LayerRule.
         ValueError: If a bit width is out of range, a choice is unknown, or there is nothing to quantize.
     """
 
@@ -112,6 +146,9 @@ class QuantConfig:
         check_choice("weight_granularity", self.weight_granularity, Granularity)
         check_choice("weight_range", self.weight_range, RangeMethod)
         check_choice("activation_range", self.activation_range, RangeMethod)
+        for rule in self.rules:
+            if not isinstance(rule, LayerRule):
+                raise TypeError(f"rules must be LayerRule objects, got {rule!r}")
         if self.weight_bits is None and self.activation_bits is None and not self.rules:
             raise ValueError(
                 "weight_bits and activation_bits are both None and there are no rules: nothing to quantize"

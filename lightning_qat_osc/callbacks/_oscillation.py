@@ -1,4 +1,4 @@
-"""What the oscillation callbacks share: their checks, their schedule, and the weights of an optimizer."""
+"""What the oscillation callbacks share: a check, their schedule, and the weights of an optimizer."""
 
 from __future__ import annotations
 
@@ -12,37 +12,9 @@ from torch.optim import Optimizer
 from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat_osc.lookup import QuantizedWeight, quantized_weights
 
-__all__ = [
-    "check_number",
-    "check_share",
-    "owned_by",
-    "require_averaging_before",
-    "require_quantization",
-    "run_length",
-]
+__all__ = ["owned_by", "require_averaging_before", "require_quantization", "run_length"]
 
 _WeightAveraging = getattr(pl.callbacks, "WeightAveraging", ())  # not in Lightning 2.5
-
-
-def check_number(name: str, value: float, *, low: float, high: float = math.inf, low_open: bool = False) -> None:
-    """Refuse a number outside ``[low, high]`` (or ``(low, high]``), and NaN.
-
-    Raises:
-        ValueError: If it is.
-    """
-    if not (low < value if low_open else low <= value) or not value <= high or math.isinf(value):
-        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{']' if math.isfinite(high) else ')'}"
-        raise ValueError(f"{name} must be in {interval}, got {value}")
-
-
-def check_share(name: str, value: float) -> None:
-    """Refuse a number outside [0, 1), and NaN.
-
-    Raises:
-        ValueError: If it is.
-    """
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
 def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> None:

@@ -20,6 +20,7 @@ from lightning_qat_osc.callbacks._training_passes import (
     training_pass,
     without_side_effects,
 )
+from lightning_qat_osc.config import check_count
 
 __all__ = ["BatchNormReestimation"]
 
@@ -43,6 +44,7 @@ class BatchNormReestimation(pl.Callback):
             cannot be run on its own. In YAML, the import path of a function.
 
     Raises:
+        TypeError: If ``num_batches`` is no integer.
         ValueError: If ``num_batches`` is below 1.
     """
 
@@ -50,8 +52,7 @@ class BatchNormReestimation(pl.Callback):
         self, num_batches: int = 50, *, log_divergence: bool = False, forward_fn: ForwardFn | None = None
     ) -> None:
         super().__init__()
-        if num_batches < 1:
-            raise ValueError(f"num_batches must be at least 1, got {num_batches}")
+        check_count("num_batches", num_batches)
         self.num_batches = num_batches
         self.log_divergence = log_divergence
         self.forward_fn = forward_fn

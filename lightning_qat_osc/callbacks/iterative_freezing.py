@@ -9,14 +9,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._optimizer_steps import is_log_step
-from lightning_qat_osc.callbacks._oscillation import (
-    check_number,
-    check_share,
-    owned_by,
-    require_averaging_before,
-    run_length,
-)
+from lightning_qat_osc.callbacks._oscillation import owned_by, require_averaging_before, run_length
 from lightning_qat_osc.callbacks.oscillation_tracking import TracksOscillation
+from lightning_qat_osc.config import check_number
 from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.oscillation import add_frozen_scale_gradient
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
@@ -49,6 +44,7 @@ class IterativeFreezing(TracksOscillation):
         max_bits: Only weights of at most this many bits are frozen.
 
     Raises:
+        TypeError: If an argument is no number.
         ValueError: If an argument is out of range.
     """
 
@@ -65,7 +61,7 @@ class IterativeFreezing(TracksOscillation):
         check_number("threshold", threshold, low=0.0, high=1.0, low_open=True)
         if final_threshold is not None:
             check_number("final_threshold", final_threshold, low=0.0, high=1.0, low_open=True)
-        check_share("anneal_start", anneal_start)
+        check_number("anneal_start", anneal_start, low=0.0, high=1.0, high_open=True)
         self.threshold = threshold
         self.final_threshold = threshold if final_threshold is None else final_threshold
         self.anneal_start = anneal_start

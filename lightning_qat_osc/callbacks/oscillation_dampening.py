@@ -9,14 +9,8 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._optimizer_steps import is_log_step
-from lightning_qat_osc.callbacks._oscillation import (
-    check_number,
-    check_share,
-    owned_by,
-    require_quantization,
-    run_length,
-)
-from lightning_qat_osc.config import check_choice
+from lightning_qat_osc.callbacks._oscillation import owned_by, require_quantization, run_length
+from lightning_qat_osc.config import check_bits, check_choice, check_number
 from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.regularizers import Aggregation, dampening_gradient, dampening_loss
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
@@ -42,6 +36,7 @@ class OscillationDampening(pl.Callback):
         max_bits: Only weights of at most this many bits are dampened.
 
     Raises:
+        TypeError: If an argument is no number.
         ValueError: If an argument is out of range.
     """
 
@@ -57,9 +52,9 @@ class OscillationDampening(pl.Callback):
         super().__init__()
         check_number("final_weight", final_weight, low=0.0)
         check_number("initial_weight", initial_weight, low=0.0)
-        check_share("anneal_start", anneal_start)
+        check_number("anneal_start", anneal_start, low=0.0, high=1.0, high_open=True)
         check_choice("aggregation", aggregation, Aggregation)
-        check_number("max_bits", max_bits, low=2, high=8)
+        check_bits("max_bits", max_bits, none_allowed=False)
         self.final_weight = final_weight
         self.initial_weight = initial_weight
         self.anneal_start = anneal_start

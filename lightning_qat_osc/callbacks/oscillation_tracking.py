@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
-from lightning_qat_osc.callbacks._oscillation import check_number, owned_by, require_quantization
+from lightning_qat_osc.callbacks._oscillation import owned_by, require_quantization
+from lightning_qat_osc.config import check_bits, check_number
 from lightning_qat_osc.lookup import oscillation_states, quantized_weights
 from lightning_qat_osc.metrics import FrozenShare, OscillatingShare, OscillationFrequency
 
@@ -31,8 +32,7 @@ class TracksOscillation(pl.Callback):
         super().__init__()
         if momentum is not None:
             check_number("momentum", momentum, low=0.0, high=1.0, low_open=True)
-        if isinstance(max_bits, bool) or not isinstance(max_bits, int) or not 2 <= max_bits <= 8:
-            raise ValueError(f"max_bits must be an integer from 2 to 8, got {max_bits!r}")
+        check_bits("max_bits", max_bits, none_allowed=False)
         self.momentum = momentum
         self.max_bits = max_bits
         self._momentum = 0.0  # the one in force
@@ -102,6 +102,7 @@ class OscillationTracking(TracksOscillation):
         max_bits: Only weights of at most this many bits are tracked, as in the paper, where more bits do not suffer.
 
     Raises:
+        TypeError: If an argument is no number.
         ValueError: If an argument is out of range.
     """
 

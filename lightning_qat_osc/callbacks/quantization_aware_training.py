@@ -28,7 +28,7 @@ from lightning_qat_osc.callbacks._training_passes import (
     training_pass,
     without_side_effects,
 )
-from lightning_qat_osc.config import Granularity, LayerRule, QuantConfig, config_differences
+from lightning_qat_osc.config import Granularity, LayerRule, QuantConfig, check_count, check_number, config_differences
 from lightning_qat_osc.lookup import quantized_layers, quantizers, scale_parameters
 from lightning_qat_osc.plan import format_plan, quantization_plan
 from lightning_qat_osc.ranges import RangeMethod
@@ -79,7 +79,7 @@ class QuantizationAwareTraining(pl.Callback):
             cannot be run on its own. In YAML, the import path of a function.
 
     Raises:
-        TypeError: If a bit width is not an integer.
+        TypeError: If an argument is no number, or a bit width or count no integer.
         ValueError: If an argument is out of range.
     """
 
@@ -109,10 +109,8 @@ class QuantizationAwareTraining(pl.Callback):
             activation_range=activation_range,
             rules=tuple(rules),
         )
-        if calibration_batches < 1:
-            raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}")
-        if not scale_learning_rate >= 0.0:
-            raise ValueError(f"scale_learning_rate must be at least 0, got {scale_learning_rate}")
+        check_count("calibration_batches", calibration_batches)
+        check_number("scale_learning_rate", scale_learning_rate, low=0.0)
         self.calibration_batches = calibration_batches
         self.scale_learning_rate = scale_learning_rate
         self.print_plan = print_plan

@@ -436,7 +436,7 @@ def test_a_checkpoint_of_another_quantization_is_refused(tmp_path):
 def test_unsuited_arguments():
     for arguments, words in (
         ({"calibration_batches": 0}, "calibration_batches must be at least 1, got 0"),
-        ({"scale_learning_rate": -1.0}, "scale_learning_rate must be at least 0, got -1.0"),
+        ({"scale_learning_rate": -1.0}, r"scale_learning_rate must be in \[0, inf\), got -1.0"),
         ({"scale_learning_rate": float("nan")}, "scale_learning_rate"),
         ({"weight_bits": 12}, "weight_bits must be from 2 to 8, got 12"),
     ):
