@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -40,7 +41,8 @@ class IterativeFreezing(TracksOscillation):
             threshold holds from the first step.
         momentum: Weight of the new value in the moving averages, in (0, 1]. None: that of OscillationTracking if it is
             in the list, else 0.01. One oscillation lifts a frequency of 0 to the momentum, so a threshold below twice
-            the momentum freezes weights that have oscillated once or twice.
+            the momentum freezes weights that have oscillated once or twice: there is a warning. One that begins below
+            the momentum itself freezes every weight at its first oscillation, and is refused.
         max_bits: Only weights of at most this many bits are frozen.
 
     Raises:
@@ -72,8 +74,16 @@ class IterativeFreezing(TracksOscillation):
         """Agree on the momentum, and compare the threshold with it."""
         super().setup(trainer, pl_module, stage)
         require_averaging_before(trainer, self)
+        if stage != "fit":
+            return
+        if self.threshold < self._momentum:
+            raise MisconfigurationException(
+                f"threshold must be at least the momentum, {self._momentum}, got {self.threshold}: one oscillation "
+                "lifts a frequency of 0 to the momentum, so every weight would freeze at its first. Raise the "
+                "threshold, or lower the momentum to average over more steps."
+            )
         lowest = min(self.threshold, self.final_threshold)
-        if stage == "fit" and lowest < 2.0 * self._momentum:
+        if lowest < 2.0 * self._momentum:
             rank_zero_warn(
                 f"IterativeFreezing's lowest threshold {lowest} is below twice the momentum {self._momentum}: one "
                 "oscillation lifts a frequency of 0 to the momentum, so a weight freezes after one or two of them, "

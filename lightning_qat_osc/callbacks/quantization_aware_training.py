@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_qat_osc.batch_norm import batch_norm_layers, batch_statistics
@@ -42,6 +43,9 @@ _COPY_THE_MODEL = tuple(
     for name in ("WeightAveraging", "StochasticWeightAveraging")
     if hasattr(pl.callbacks, name)
 )
+
+
+_NO_BATCHES = "the training data must have at least 1 batch to initialise ranges from, got 0"
 
 
 class QuantizationAwareTraining(pl.Callback):
@@ -220,15 +224,22 @@ class QuantizationAwareTraining(pl.Callback):
             self._watching = calibrator, watching
             return
         forward = training_pass(trainer, pl_module, self.forward_fn)
-        batches = 0
+        batches, losses = 0, []
         # before its first step the running statistics of a new network are no estimate of anything
         new = [b for b in batch_norm_layers(pl_module).values() if b.training and b.num_batches_tracked == 0]
         with without_side_effects(trainer, pl_module), batch_statistics(new), calibrator.observe():
             for batch in training_batches(trainer, pl_module, self.calibration_batches):
-                forward(batch)
+                output = forward(batch)
                 batches += 1
+                if self.forward_fn is None:
+                    losses += _loss_is_nan(output)
         if batches == 0:
-            raise MisconfigurationException("there is no training batch to initialise activation ranges from")
+            raise MisconfigurationException(_NO_BATCHES)
+        if losses and bool(torch.stack(losses).all()):
+            raise MisconfigurationException(
+                f"the loss of `training_step` must be a number, got nan for each of {len(losses)} calibration batches, "
+                "which run in full precision: there is NaN or inf in the data or in the weights."
+            )
         self._finish_calibration(calibrator, pl_module)
 
     def _finish_calibration(self, calibrator: Calibrator, pl_module: pl.LightningModule) -> None:
@@ -311,6 +322,13 @@ class QuantizationAwareTraining(pl.Callback):
                 "The quantizers have no ranges yet, so this runs in full precision: fit, or load a checkpoint."
             )
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a run that had nothing to train on: the model has no ranges, and Lightning would say nothing."""
+        empty = trainer.limit_train_batches == 0 or trainer.num_training_batches == 0
+        if empty and not any(q.calibrated for q in quantizers(pl_module)):
+            limit = trainer.limit_train_batches
+            raise MisconfigurationException(f"{_NO_BATCHES}, with limit_train_batches={limit}")
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the optimizers."""
         self._release()
@@ -346,6 +364,12 @@ class QuantizationAwareTraining(pl.Callback):
             self._saved_scale_updates = state_dict["scale_updates"]
         elif state_dict["scale_updates"] is not None:
             self._scale_updates.load_state_dict(state_dict["scale_updates"])
+
+
+def _loss_is_nan(output: Any) -> list[Tensor]:
+    """Whether what a ``training_step`` returned has a loss of NaN; empty where it has no loss."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return [loss.isnan().any()] if isinstance(loss, Tensor) else []
 
 
 @rank_zero_only
