@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -227,8 +228,9 @@ class QuantizationAwareTraining(pl.Callback):
         batches, losses = 0, []
         # before its first step the running statistics of a new network are no estimate of anything
         new = [b for b in batch_norm_layers(pl_module).values() if b.training and b.num_batches_tracked == 0]
-        with without_side_effects(trainer, pl_module), batch_statistics(new), calibrator.observe():
-            for batch in training_batches(trainer, pl_module, self.calibration_batches):
+        first = training_batches(trainer, pl_module, self.calibration_batches)
+        with without_side_effects(trainer, pl_module), batch_statistics(new), calibrator.observe(), closing(first):
+            for batch in first:
                 output = forward(batch)
                 batches += 1
                 if self.forward_fn is None:
@@ -376,4 +378,10 @@ def _loss_is_nan(output: Any) -> list[Tensor]:
 def _write_yaml(path: str, lines: list[dict[str, Any]]) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(yaml.safe_dump(lines, sort_keys=False), encoding="utf-8")
+    # beside the target, and then in its place: whoever reads it finds the earlier plan or the new one, never a half
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(yaml.safe_dump(lines, sort_keys=False), encoding="utf-8")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
