@@ -6,7 +6,7 @@ import copy
 import inspect
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -217,10 +217,13 @@ def _train_dataloaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> An
     return None
 
 
-def training_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, num_batches: int) -> Iterator[Any]:
+def training_batches(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, num_batches: int
+) -> Generator[Any, None, None]:
     """The first training batches, on the module's device, without disturbing the iterator that training draws from.
 
-    Use it inside :func:`without_side_effects`, which fixes the random numbers that shuffle and augment them.
+    Use it inside :func:`without_side_effects`, which fixes the random numbers that shuffle and augment them, and close
+    it: the loaders' own generators are put back then, and an error in a pass may keep it alive.
 
     Args:
         trainer: The Trainer.

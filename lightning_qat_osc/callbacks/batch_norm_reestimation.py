@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import lightning.pytorch as pl
@@ -99,8 +100,8 @@ class BatchNormReestimation(pl.Callback):
         if not self._trained:
             return {}
         forward = training_pass(trainer, pl_module, self.forward_fn)
-        with without_side_effects(trainer, pl_module):
-            batches = training_batches(trainer, pl_module, self.num_batches)
+        batches = training_batches(trainer, pl_module, self.num_batches)
+        with without_side_effects(trainer, pl_module), closing(batches):
             first = next(batches, None)
             if first is None:
                 rank_zero_warn(
