@@ -2,12 +2,14 @@
 
 import errno
 import os
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -108,6 +110,8 @@ def picture(trainer, module, generator=None):
         "metric": [module.mean_loss.mean_value.clone(), module.mean_loss.weight.clone()],
         "updates": module.mean_loss.update_count,
         "random": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
         "generator": None if generator is None else generator.get_state(),
     }
 
