@@ -7,7 +7,7 @@ import inspect
 import random
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -26,7 +26,14 @@ from torchmetrics import Metric
 from lightning_qat_osc.batch_norm import batch_norm_layers
 from lightning_qat_osc.sharding import reshard
 
-__all__ = ["ForwardFn", "can_run_training_step", "training_batches", "training_pass", "without_side_effects"]
+__all__ = [
+    "ForwardFn",
+    "can_run_training_step",
+    "eagerly",
+    "training_batches",
+    "training_pass",
+    "without_side_effects",
+]
 
 ForwardFn = Callable[[pl.LightningModule, Any], object]
 """Takes the LightningModule and a batch on its device, and runs the network on it."""
@@ -99,16 +106,17 @@ def _restored_state(module: torch.nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
+def eagerly() -> AbstractContextManager[Any]:
+    """Compiled modules run eagerly, so that hooks on their layers fire, and are not traced into graphs."""
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+
+
 @contextmanager
 def without_side_effects(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Run forward passes in evaluation mode that nothing else notices: no log, no random number, no buffer, no metric.
-
-    Compiled modules run eagerly, so that hooks on their layers fire.
-    """
-    eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+    """Run forward passes in evaluation mode and eagerly; no log, random number, buffer or metric notices."""
     # validation may run in inference mode, whose tensors training could not use again
     modes = torch.inference_mode(False), torch.no_grad()
-    with modes[0], modes[1], _fixed_rng(_SEED), _restored_state(pl_module), eager, warnings.catch_warnings():
+    with modes[0], modes[1], _fixed_rng(_SEED), _restored_state(pl_module), eagerly(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*You are trying to `self.log\\(\\)`.*")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         pl_module.trainer = _QuietTrainer(trainer)  # type: ignore[assignment]

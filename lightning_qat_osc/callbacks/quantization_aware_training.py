@@ -26,6 +26,7 @@ from lightning_qat_osc.callbacks._scale_updates import ScaleUpdates, with_room_f
 from lightning_qat_osc.callbacks._training_passes import (
     ForwardFn,
     can_run_training_step,
+    eagerly,
     training_batches,
     training_pass,
     without_side_effects,
@@ -221,6 +222,7 @@ class QuantizationAwareTraining(pl.Callback):
         calibrator = Calibrator(pl_module, self.config)
         if self.forward_fn is None and not can_run_training_step(pl_module):
             watching = ExitStack()
+            watching.enter_context(eagerly())
             watching.enter_context(calibrator.observe(weights=False))
             self._watching = calibrator, watching
             return
