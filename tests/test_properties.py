@@ -16,7 +16,7 @@ from lightning_qat_osc.functional import integer_grid
 from lightning_qat_osc.oscillation import OscillationState, add_frozen_scale_gradient
 from lightning_qat_osc.quantizers import WeightQuantizer
 from lightning_qat_osc.ranges import activation_grid, estimate_scale
-from lightning_qat_osc.surgery import quantizers
+from lightning_qat_osc.lookup import quantizers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
 

@@ -21,7 +21,7 @@ from lightning_qat_osc import (
     oscillation_states,
     quantize_model,
 )
-from lightning_qat_osc.surgery import quantizers
+from lightning_qat_osc.lookup import quantizers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*below twice the momentum.*"),

@@ -20,7 +20,7 @@ from lightning_qat_osc import (
     dampening_loss,
     quantize_model,
 )
-from lightning_qat_osc.surgery import quantized_layers
+from lightning_qat_osc.lookup import quantized_layers
 
 NAN, INF = float("nan"), float("inf")
 
