@@ -1,4 +1,4 @@
-"""A hook after the steps that optimizers really take, and which of them are logged."""
+"""Hooks before and after the steps that optimizers really take, and which of them are logged."""
 
 from __future__ import annotations
 
@@ -13,29 +13,68 @@ __all__ = ["OptimizerStepHooks", "is_log_step"]
 
 
 class OptimizerStepHooks:
-    """Calls a function after each step that an optimizer of the Trainer really takes, whoever asked for it.
+    """Calls functions around each step that an optimizer of the Trainer really takes, whoever asked for it.
 
-    The function is not called for micro-batches that only accumulate gradients, nor where a gradient scaler skips the
-    step; it is under manual optimization, and for each of several optimizers.
+    They are not called for micro-batches that only accumulate gradients, nor, after the step, where a gradient scaler
+    skips it; they are under manual optimization, and for each of several optimizers. Before a step Lightning's
+    ``on_before_optimizer_step`` comes first, ahead of clipping, and says so with :meth:`begin`. Optimizers that a
+    module takes without Lightning's wrapper know no such hook: their own then makes up for it.
     """
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._begun: set[Optimizer] = set()
 
-    def attach(self, trainer: pl.Trainer, function: Callable[[Optimizer], None]) -> None:
-        """Hook all optimizers of the Trainer."""
+    def attach(
+        self, trainer: pl.Trainer, before: Callable[[Optimizer], None], after: Callable[[Optimizer], None] | None = None
+    ) -> None:
+        """Hook all optimizers of the Trainer.
+
+        Args:
+            trainer: The Trainer.
+            before: Called where a step that nobody has begun is about to be made, with its gradients in place.
+            after: Called after each step.
+        """
         self.detach()
 
-        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            function(optimizer)
+        def ensure_begun(optimizer: Optimizer) -> None:
+            if optimizer not in self._begun:
+                before(optimizer)
 
-        self._handles = [optimizer.register_step_post_hook(after_step) for optimizer in trainer.optimizers]
+        def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # the first is the optimizer
+            if closure is None:
+                ensure_begun(optimizer)
+                return None
+
+            def closure_then_begin() -> Any:  # the gradients are made inside the step
+                loss = closure()
+                ensure_begun(optimizer)
+                return loss
+
+            return args[:1] + args[2:], {**kwargs, "closure": closure_then_begin}
+
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._begun.discard(optimizer)
+            if after is not None:
+                after(optimizer)
+
+        for optimizer in trainer.optimizers:
+            self._handles += [
+                optimizer.register_step_pre_hook(before_step),
+                optimizer.register_step_post_hook(after_step),
+            ]
+
+    def begin(self, optimizer: Optimizer) -> None:
+        """Note that what comes before the optimizer's next step is being done."""
+        self._begun.add(optimizer)
 
     def detach(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._begun = set()
 
 
 def is_log_step(trainer: pl.Trainer) -> bool:

@@ -102,6 +102,7 @@ class IterativeFreezing(TracksOscillation):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Hand the gradient of frozen weights on to their scale."""
+        self._step_hooks.begin(optimizer)
         for _, weight, q in owned_by(optimizer, pl_module, self.max_bits):
             if q.oscillation is not None and weight.grad is not None and q.scale_grad is not None:
                 add_frozen_scale_gradient(q.oscillation, weight.grad, q.scale_grad)

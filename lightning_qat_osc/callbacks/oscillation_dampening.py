@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch.optim import Optimizer
 
-from lightning_qat_osc.callbacks._optimizer_steps import is_log_step
+from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
 from lightning_qat_osc.callbacks._oscillation import owned_by, require_quantization, run_length
 from lightning_qat_osc.config import check_bits, check_choice, check_number
 from lightning_qat_osc.lookup import quantized_weights
@@ -61,13 +62,15 @@ class OscillationDampening(pl.Callback):
         self.aggregation = aggregation
         self.max_bits = max_bits
         self._schedule: Schedule = constant(final_weight)
+        self._step_hooks = OptimizerStepHooks()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that there will be something to dampen."""
         require_quantization(trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lay the schedule over the run."""
+        """Hook the optimizers, and lay the schedule over the run."""
+        self._step_hooks.attach(trainer, partial(self.on_before_optimizer_step, trainer, pl_module))
         if self.initial_weight != self.final_weight:
             steps = run_length(trainer, "The dampening weight")
             self._schedule = cosine_anneal(self.initial_weight, self.final_weight, steps, self.anneal_start)
@@ -76,6 +79,7 @@ class OscillationDampening(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Add lambda times the gradient to that of the weights which this optimizer is about to move."""
+        self._step_hooks.begin(optimizer)
         dampening_weight = self._schedule(trainer.global_step)
         if dampening_weight == 0.0:
             return
@@ -99,3 +103,11 @@ class OscillationDampening(pl.Callback):
         pl_module.log("oscillation/dampening_weight", self._schedule(last_step))
         if losses:
             pl_module.log("oscillation/dampening_loss", torch.stack(losses).sum())
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the optimizers."""
+        self._step_hooks.detach()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizers."""
+        self._step_hooks.detach()

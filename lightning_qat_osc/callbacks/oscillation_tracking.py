@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -62,7 +63,8 @@ class TracksOscillation(pl.Callback):
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
                 self._after_step(trainer, pl_module, optimizer)
 
-        self._step_hooks.attach(trainer, after_step)
+        before = partial(self.on_before_optimizer_step, trainer, pl_module)
+        self._step_hooks.attach(trainer, before, after_step)
         calibrated = quantized_weights(pl_module)
         for _, weight, quantizer in quantized_weights(pl_module, self.max_bits):
             quantizer.start_tracking(weight)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,8 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the optimizers, and initialise the ranges, unless a checkpoint brought them."""
         assert self._scale_updates is not None
-        self._step_hooks.attach(trainer, self._scale_updates.after_step)
+        before = partial(self.on_before_optimizer_step, trainer, pl_module)
+        self._step_hooks.attach(trainer, before, self._scale_updates.after_step)
         for scale in scale_parameters(pl_module) if trainer.strategy.restore_checkpoint_after_setup else []:
             scale.requires_grad_(True)
         self._check_bits(pl_module)
@@ -259,6 +261,7 @@ class QuantizationAwareTraining(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Take the scales' gradients out: the user's optimizer is not to move or clip by them."""
+        self._step_hooks.begin(optimizer)
         if self._scale_updates is not None:
             self._scale_updates.before_step(optimizer)
 
