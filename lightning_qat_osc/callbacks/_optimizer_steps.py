@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -34,6 +35,9 @@ class OptimizerStepHooks:
             trainer: The Trainer.
             before: Called where a step that nobody has begun is about to be made, with its gradients in place.
             after: Called after each step.
+
+        Raises:
+            MisconfigurationException: From within a step, if a gradient scaler has left unscaling to the optimizer.
         """
         self.detach()
 
@@ -42,6 +46,13 @@ class OptimizerStepHooks:
                 before(optimizer)
 
         def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # set by a gradient scaler that leaves its work to the optimizer
+            if getattr(optimizer, "found_inf", None) is not None:
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__}(fused=True) unscales gradients and skips steps with inf in them where "
+                    "nobody can see it, so scales and oscillations cannot follow: leave fused=True out, or train "
+                    "without a gradient scaler (bf16-mixed, 32-true)."
+                )
             closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # the first is the optimizer
             if closure is None:
                 ensure_begun(optimizer)
