@@ -11,7 +11,7 @@ from functools import partial
 
 __all__ = ["Schedule", "constant", "cosine_anneal"]
 
-Schedule = Callable[[int], float]
+Schedule = Callable[[float], float]
 """A value for each optimizer step, counted from 0."""
 
 
@@ -20,7 +20,7 @@ def constant(value: float) -> Schedule:
     return partial(_constant, value)
 
 
-def _constant(value: float, step: int) -> float:
+def _constant(value: float, step: float) -> float:
     return value
 
 
@@ -51,7 +51,7 @@ def cosine_anneal(initial_value: float, final_value: float, total_steps: int, st
     return partial(_cosine, initial_value, final_value, total_steps, start * total_steps)
 
 
-def _cosine(initial_value: float, final_value: float, total_steps: int, start_step: float, step: int) -> float:
+def _cosine(initial_value: float, final_value: float, total_steps: int, start_step: float, step: float) -> float:
     if step <= start_step:
         return initial_value
     if step >= total_steps:

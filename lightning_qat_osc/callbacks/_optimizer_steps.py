@@ -91,4 +91,7 @@ class OptimizerStepHooks:
 def is_log_step(trainer: pl.Trainer) -> bool:
     """Whether the loggers take the figures of the optimizer step that has just been made."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return bool(every) and (trainer.global_step % every == 0 or trainer.is_last_batch)
+    automatic = trainer.lightning_module.automatic_optimization
+    # under manual optimization the loggers go by batches, while global_step counts the steps of all optimizers
+    step = trainer.global_step if automatic else trainer.fit_loop.total_batch_idx + 1
+    return bool(every) and (step % every == 0 or trainer.is_last_batch)

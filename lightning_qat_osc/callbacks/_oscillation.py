@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat_osc.lookup import QuantizedWeight, quantized_weights
 
-__all__ = ["owned_by", "require_averaging_before", "require_quantization", "run_length"]
+__all__ = ["owned_by", "require_averaging_before", "require_quantization", "run_length", "run_step"]
 
 _WeightAveraging = getattr(pl.callbacks, "WeightAveraging", ())  # not in Lightning 2.5
 
@@ -59,7 +59,7 @@ def owned_by(optimizer: Optimizer, pl_module: pl.LightningModule, max_bits: int)
 
 
 def run_length(trainer: pl.Trainer, what: str) -> int:
-    """Optimizer steps of the whole run, as ``trainer.global_step`` counts them.
+    """Length of the whole run, in the unit of :func:`run_step`.
 
     To be called once training has begun: asking a Trainer for its number of steps sets up the training data, and before
     a checkpoint's loops are restored that loses the state of a stateful loader.
@@ -79,6 +79,20 @@ def run_length(trainer: pl.Trainer, what: str) -> int:
         counts = [schedulers[0].get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs or 1)]
         steps = sum(math.ceil(trainer.num_training_batches / count) for count in counts)
         steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
-    if not trainer.lightning_module.automatic_optimization and trainer.max_steps == -1:
-        steps *= len(trainer.optimizers)  # global_step counts the steps of all of them
     return max(1, int(steps))
+
+
+def run_step(trainer: pl.Trainer) -> float:
+    """How far the run is: 0 before its first optimizer step, :func:`run_length` after its last.
+
+    Under manual optimization a batch may have any number of steps, of several optimizers, and those taken without
+    Lightning's wrapper are not counted. There the run is as far as its batches are, or as ``max_steps`` if that is
+    nearer.
+    """
+    if trainer.lightning_module.automatic_optimization or trainer.max_epochs in (None, -1):
+        return trainer.global_step
+    batch = trainer.fit_loop.total_batch_idx
+    if trainer.max_steps == -1:
+        return batch
+    share = batch / (trainer.num_training_batches * max(1, trainer.max_epochs))
+    return max(share, trainer.global_step / trainer.max_steps) * run_length(trainer, "")

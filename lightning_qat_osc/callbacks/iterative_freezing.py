@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._optimizer_steps import is_log_step
-from lightning_qat_osc.callbacks._oscillation import owned_by, require_averaging_before, run_length
+from lightning_qat_osc.callbacks._oscillation import owned_by, require_averaging_before, run_length, run_step
 from lightning_qat_osc.callbacks.oscillation_tracking import TracksOscillation
 from lightning_qat_osc.config import check_number
 from lightning_qat_osc.lookup import quantized_weights
@@ -69,6 +69,7 @@ class IterativeFreezing(TracksOscillation):
         self.anneal_start = anneal_start
         self._schedule: Schedule = constant(threshold)
         self._first_step = 0.0
+        self._in_force = threshold
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Agree on the momentum, and compare the threshold with it."""
@@ -97,6 +98,7 @@ class IterativeFreezing(TracksOscillation):
             steps = run_length(trainer, "The freezing threshold")
             self._schedule = cosine_anneal(self.threshold, self.final_threshold, steps, self.anneal_start)
             self._first_step = self.anneal_start * steps
+        self._in_force = self._schedule(run_step(trainer))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -109,11 +111,12 @@ class IterativeFreezing(TracksOscillation):
 
     def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         super()._after_step(trainer, pl_module, optimizer)
-        step = trainer.global_step
+        step = run_step(trainer)
+        self._in_force = self._schedule(step)
         for _, weight, q in owned_by(optimizer, pl_module, self.max_bits):
             state = q.start_tracking(weight)
             if step >= self._first_step:
-                state.freeze(self._schedule(step))
+                state.freeze(self._in_force)
             state.hold_frozen(weight, q.scale)
 
     def on_train_batch_end(
@@ -121,7 +124,7 @@ class IterativeFreezing(TracksOscillation):
     ) -> None:
         """Log the threshold of the last step."""
         if is_log_step(trainer):
-            pl_module.log("oscillation/freeze_threshold", self._schedule(max(0, trainer.global_step - 1)))
+            pl_module.log("oscillation/freeze_threshold", self._in_force)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hold frozen weights also where another callback has just swapped in averaged ones."""

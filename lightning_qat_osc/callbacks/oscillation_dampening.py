@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
-from lightning_qat_osc.callbacks._oscillation import owned_by, require_quantization, run_length
+from lightning_qat_osc.callbacks._oscillation import owned_by, require_quantization, run_length, run_step
 from lightning_qat_osc.config import check_bits, check_choice, check_number
 from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.regularizers import Aggregation, dampening_gradient, dampening_loss
@@ -62,6 +62,7 @@ class OscillationDampening(pl.Callback):
         self.aggregation = aggregation
         self.max_bits = max_bits
         self._schedule: Schedule = constant(final_weight)
+        self._weight = 0.0  # the one in force
         self._step_hooks = OptimizerStepHooks()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -74,19 +75,20 @@ class OscillationDampening(pl.Callback):
         if self.initial_weight != self.final_weight:
             steps = run_length(trainer, "The dampening weight")
             self._schedule = cosine_anneal(self.initial_weight, self.final_weight, steps, self.anneal_start)
+        self._weight = self._schedule(run_step(trainer))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Add lambda times the gradient to that of the weights which this optimizer is about to move."""
         self._step_hooks.begin(optimizer)
-        dampening_weight = self._schedule(trainer.global_step)
-        if dampening_weight == 0.0:
+        self._weight = self._schedule(run_step(trainer))
+        if self._weight == 0.0:
             return
         for _, weight, q in owned_by(optimizer, pl_module, self.max_bits):
             if weight.grad is not None:
                 gradient = dampening_gradient(weight, q.scale, q.quant_min, q.quant_max, self.aggregation)
-                weight.grad.add_(gradient, alpha=dampening_weight)
+                weight.grad.add_(gradient, alpha=self._weight)
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -95,12 +97,11 @@ class OscillationDampening(pl.Callback):
         """Log lambda of the last step and the loss after it."""
         if not is_log_step(trainer):
             return
-        last_step = max(0, trainer.global_step - 1)
         losses = [
             dampening_loss(weight, q.scale, q.quant_min, q.quant_max, self.aggregation)
             for _, weight, q in quantized_weights(pl_module, self.max_bits)
         ]
-        pl_module.log("oscillation/dampening_weight", self._schedule(last_step))
+        pl_module.log("oscillation/dampening_weight", self._weight)
         if losses:
             pl_module.log("oscillation/dampening_loss", torch.stack(losses).sum())
 
