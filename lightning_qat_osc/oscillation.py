@@ -148,6 +148,6 @@ def add_frozen_scale_gradient(state: OscillationState, weight_grad: Tensor, scal
         weight_grad: Gradient of the latent weights; 0 at the frozen ones afterwards.
         scale_grad: Gradient of the scale.
     """
-    owed = torch.where(state.frozen, weight_grad, 0.0) * state.weight_int
+    owed = torch.where(state.frozen, weight_grad, 0.0).to(scale_grad.dtype) * state.weight_int
     scale_grad.add_(sharded_like(owed.sum_to_size(scale_grad.shape), scale_grad))
     weight_grad.masked_fill_(state.frozen, 0.0)

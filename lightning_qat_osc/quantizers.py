@@ -43,7 +43,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, bits: int | None, scale_shape: Sequence[int], *, pinned: bool = False) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(tuple(scale_shape)))
+        self.scale = nn.Parameter(torch.ones(tuple(scale_shape), dtype=torch.float32))  # whatever the default dtype
         self.bits = bits
         self.pinned = pinned
         self.quant_min, self.quant_max, self.zero_point = 0, 0, 0

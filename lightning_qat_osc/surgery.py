@@ -287,13 +287,15 @@ def _insert(layer: nn.Module, config: QuantConfig, bits: _LayerBits, shared: dic
             pinned=bits.weight_pinned,
         )
         shared[weight] = weights[parameter]
-    device = latent_weight(layer, kind.weights(layer)[0]).device
+    like = latent_weight(layer, kind.weights(layer)[0])
     quantized_inputs = {
-        argument: InputQuantizer(bits.input, method=config.activation_range, device=device, pinned=bits.input_pinned)
+        argument: InputQuantizer(bits.input, method=config.activation_range, pinned=bits.input_pinned)
         for argument in inputs
         if bits.input is not None
     }
     layer.add_quantizers(config, weights, quantized_inputs)
+    for quantizer in layer.quantizers():
+        quantizer.to(like.device, like.dtype)  # as wide as a double module, not narrower than 32 bits
 
 
 def bits_differences(module: nn.Module, config: QuantConfig) -> list[str]:
