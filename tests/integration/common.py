@@ -1,0 +1,126 @@
+"""What the integration tests share: every callback at once, and slow loops over recorded integers."""
+
+import math
+
+import lightning as L
+import pytest
+import torch
+from reference import WeightLoop
+
+from lightning_qat_osc import (
+    BatchNormReestimation,
+    IterativeFreezing,
+    OscillationDampening,
+    OscillationTracking,
+    QuantizationAwareTraining,
+    oscillation_states,
+)
+from lightning_qat_osc.surgery import quantized_weights, scale_parameters
+
+MOMENTUM = 0.1
+THRESHOLD, FINAL_THRESHOLD, ANNEAL_START = 0.12, 0.05, 0.25
+DAMPENING = 1e-2
+
+
+def all_callbacks(*, record=None, forward_fn=None, momentum=MOMENTUM, **qat):
+    """Every callback, with settings under which weights freeze within a few epochs; a Record goes behind the first."""
+    qat = {"weight_bits": 2, "activation_bits": 3, "first_last_bits": None, "scale_learning_rate": 0.01, **qat}
+    return [
+        QuantizationAwareTraining(forward_fn=forward_fn, **qat),
+        *([] if record is None else [record]),
+        OscillationTracking(momentum=momentum),
+        OscillationDampening(final_weight=DAMPENING, anneal_start=ANNEAL_START),
+        IterativeFreezing(THRESHOLD, FINAL_THRESHOLD, anneal_start=ANNEAL_START),
+        BatchNormReestimation(num_batches=3, forward_fn=forward_fn),
+    ]
+
+
+def annealed(initial, final, position, length):
+    """The paper's cosine: the value at a position of a run."""
+    start = ANNEAL_START * length
+    progress = min(1.0, max(0.0, (position - start) / (length - start)))
+    return final + (initial - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def integers(module):
+    """The integers of every weight, in double precision."""
+    return {
+        w.name: torch.clamp(
+            torch.round(w.weight.detach().double() / w.quantizer.scale.detach().double()),
+            w.quantizer.quant_min,
+            w.quantizer.quant_max,
+        )
+        .int()
+        .flatten()
+        .tolist()
+        for w in quantized_weights(module)
+    }
+
+
+def scales(module):
+    return torch.cat([s.detach().flatten() for s in scale_parameters(module)])
+
+
+class Record(L.Callback):
+    """Follows each step that an optimizer takes, by a hook of its own: behind the scales' step, ahead of freezing."""
+
+    def __init__(self):
+        self.initial, self.steps, self.batch = None, [], -1
+
+    def on_fit_start(self, trainer, pl_module):
+        for i, optimizer in enumerate(trainer.optimizers):
+            optimizer.register_step_post_hook(lambda optimizer, *args, i=i: self._look(optimizer, pl_module, i))
+
+    def on_train_start(self, trainer, pl_module):
+        self.initial = integers(pl_module)
+
+    def on_train_batch_start(self, *args):
+        self.batch += 1
+
+    def _look(self, optimizer, pl_module, i):
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        names = {w.name for w in quantized_weights(pl_module) if id(w.weight) in own}
+        latent = {name: z for name, z in integers(pl_module).items() if name in names}
+        self.steps.append((i, self.batch, latent, scales(pl_module)))
+
+
+def assert_states_are_those_of_slow_loops(module, record, threshold):
+    """Each weight's history by Algorithm 1 in Python floats, over the steps of the optimizer that owns it.
+
+    ``threshold`` is a function of the index of a step and of its batch.
+    """
+    loops = {name: [WeightLoop(z, MOMENTUM) for z in initial] for name, initial in record.initial.items()}
+    for index, (_, batch, latent, _) in enumerate(record.steps):
+        limit = threshold(index, batch)
+        for name, step in latent.items():
+            for loop, z in zip(loops[name], step):
+                loop.threshold = limit
+                loop.step(z)
+    states = oscillation_states(module)
+    assert set(states) == set(loops)
+    for name, state in states.items():
+        assert state.weight_int.flatten().tolist() == [loop.integer for loop in loops[name]]
+        assert state.frozen.flatten().tolist() == [loop.frozen for loop in loops[name]]
+        assert state.frequency.flatten().tolist() == pytest.approx([loop.frequency for loop in loops[name]], abs=1e-6)
+        assert state.ema_int.flatten().tolist() == pytest.approx([loop.ema for loop in loops[name]], abs=1e-5)
+
+
+def freezing_threshold(position, length):
+    """The threshold of all_callbacks at a position of a run; none before annealing begins."""
+    if position < ANNEAL_START * length:
+        return math.inf
+    return annealed(THRESHOLD, FINAL_THRESHOLD, position, length)
+
+
+def frozen_weights(module):
+    return sum(int(state.frozen.sum()) for state in oscillation_states(module).values())
+
+
+def assert_frozen_weights_lie_on_the_grid(module):
+    """Latent values of frozen weights are scale times integer, rounded to their dtype once, and round to it."""
+    for _, w, q in quantized_weights(module):
+        frozen, z = q.oscillation.frozen, q.oscillation.weight_int
+        on_grid = (q.scale.detach() * z).to(w.dtype)
+        assert torch.equal(w.detach()[frozen], on_grid[frozen])
+        ratio = (w.detach().double() / q.scale.detach().double()).round().clamp(q.quant_min, q.quant_max)
+        assert torch.equal(ratio[frozen], z[frozen].double())
