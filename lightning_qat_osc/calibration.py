@@ -62,6 +62,10 @@ _KEEPS_THE_GRID = re.compile(
 )
 
 
+def _written_by_a_hook(layer: nn.Module, parameter: str) -> bool:
+    return parameter not in layer._parameters and not isinstance(getattr(type(layer), parameter, None), property)
+
+
 class _WatchesWeights(TorchFunctionMode):
     """Notes what is done to quantized weights besides their layer's own function.
 
@@ -86,7 +90,9 @@ class _WatchesWeights(TorchFunctionMode):
             function = getattr(func, "__name__", str(func))
             if self._running:
                 name, layer = self._running[-1]
-                substitutes = getattr(layer, "parameter_quantizers", ())
+                # not weights that a hook of pruning or a norm writes: their latent value is an attribute, too
+                own = getattr(layer, "parameter_quantizers", ())
+                substitutes = [parameter for parameter in own if not _written_by_a_hook(layer, parameter)]
                 if not _KEEPS_THE_GRID.search(function) and any(
                     x is layer.__dict__.get(parameter) for x in args for parameter in substitutes
                 ):

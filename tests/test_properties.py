@@ -13,10 +13,10 @@ from torch import nn
 from lightning_qat_osc import QuantConfig, cosine_anneal, fake_quantize, quantize_model, reestimate_batch_norm
 from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.functional import integer_grid
+from lightning_qat_osc.lookup import quantizers
 from lightning_qat_osc.oscillation import OscillationState, add_frozen_scale_gradient
 from lightning_qat_osc.quantizers import WeightQuantizer
 from lightning_qat_osc.ranges import activation_grid, estimate_scale
-from lightning_qat_osc.lookup import quantizers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
 

@@ -15,7 +15,7 @@ from lightning_qat_osc import (
     QuantizationAwareTraining,
     oscillation_states,
 )
-from lightning_qat_osc.surgery import quantized_weights, scale_parameters
+from lightning_qat_osc.lookup import quantized_weights, scale_parameters
 
 MOMENTUM = 0.1
 THRESHOLD, FINAL_THRESHOLD, ANNEAL_START = 0.12, 0.05, 0.25
@@ -67,12 +67,10 @@ class Record(L.Callback):
     def __init__(self):
         self.initial, self.steps, self.batch = None, [], -1
 
-    def on_fit_start(self, trainer, pl_module):
-        for i, optimizer in enumerate(trainer.optimizers):
-            optimizer.register_step_post_hook(lambda optimizer, *args, i=i: self._look(optimizer, pl_module, i))
-
     def on_train_start(self, trainer, pl_module):
         self.initial = integers(pl_module)
+        for i, optimizer in enumerate(trainer.optimizers):
+            optimizer.register_step_post_hook(lambda optimizer, *args, i=i: self._look(optimizer, pl_module, i))
 
     def on_train_batch_start(self, *args):
         self.batch += 1

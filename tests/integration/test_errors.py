@@ -246,7 +246,7 @@ class Renamed(QuantizationAwareTraining):
 def test_a_second_quantization_is_refused():
     with pytest.raises(RuntimeError, match="QuantizationAwareTraining"):  # Lightning's own, when the Trainer is made
         trainer([qat(), qat()])
-    words = "a Trainer must have one QuantizationAwareTraining, got QuantizationAwareTraining, Renamed"
+    words = "only one QuantizationAwareTraining can quantize a module"
     module = refused(words, [qat(), Renamed(2, 3)])
     assert not quantized_layers(module)
 

@@ -169,11 +169,11 @@ def test_averaged_weights_are_those_of_the_mean_and_keep_frozen_integers():
     module, averages = ConvModule(lr=1.0), Averages(0.8)
     averaging = lightning_callbacks.WeightAveraging(avg_fn=get_ema_avg_fn(0.8))
     tracking, dampening, _, batch_norm = others()
-    freezing = IterativeFreezing(threshold=0.05)  # at the first oscillation: many, and in mid-epoch
+    freezing = IterativeFreezing(threshold=0.1)  # at the second oscillation: many, and in mid-epoch
     trainer([qat(), averaging, tracking, dampening, freezing, batch_norm, averages], max_epochs=8).fit(module, Data())
     averages.look(module)
     assert all(held for _, held in averages.looks)
-    assert averages.looks[-1][0] > 5
+    assert averages.looks[-1][0] >= 2
     frozen = {f"{name}.weight": s.frozen for name, s in oscillation_states(module).items()}
     for name, p in module.named_parameters():
         free = ~frozen.get(name, torch.zeros_like(p, dtype=torch.bool))
@@ -550,10 +550,6 @@ def test_a_search_before_the_first_epoch_is_one_in_full_precision(tmp_path):
     assert active == [False] * 12 + [True] * 16
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Lightning searches without the Trainer's callbacks, so the user's optimizer moves the scales meanwhile",
-)
 def test_a_search_within_the_first_epoch_moves_scales_as_training_does(tmp_path):
     seen = {}
 

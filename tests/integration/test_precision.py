@@ -30,8 +30,8 @@ from lightning_qat_osc import (
     quantize_model,
 )
 from lightning_qat_osc.functional import integer_grid
+from lightning_qat_osc.lookup import quantized_weights, quantizers, scale_parameters
 from lightning_qat_osc.oscillation import add_frozen_scale_gradient
-from lightning_qat_osc.surgery import quantized_weights, quantizers, scale_parameters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*below twice the momentum.*"),
