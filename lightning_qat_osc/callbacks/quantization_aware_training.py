@@ -36,6 +36,7 @@ from lightning_qat_osc.config import Granularity, LayerRule, QuantConfig, check_
 from lightning_qat_osc.lookup import quantized_layers, quantizers, scale_parameters
 from lightning_qat_osc.plan import format_plan, quantization_plan
 from lightning_qat_osc.ranges import RangeMethod
+from lightning_qat_osc.sharding import whole
 from lightning_qat_osc.surgery import bits_differences, quantizable_layers, quantize_model, unquantized_layers
 
 __all__ = ["QuantizationAwareTraining"]
@@ -285,7 +286,7 @@ class QuantizationAwareTraining(pl.Callback):
         Raises:
             MisconfigurationException: If a scale is not finite, which a loss that was NaN leaves behind in all of them.
         """
-        scales = [s.detach().isfinite().all() for s in scale_parameters(pl_module)]
+        scales = [whole(s).detach().isfinite().all() for s in scale_parameters(pl_module)]
         if scales and not bool(torch.stack(scales).all()):
             raise MisconfigurationException(
                 f"scales of the quantizers are not finite after optimizer step {trainer.global_step}: a loss or "
