@@ -2,18 +2,25 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := 2.6.0
 
-.PHONY: demo test test-slow lint types check build clean
+.PHONY: demo test test-integration test-oldest lint types check build clean
 
 # The main job on real data: scikit-learn's handwritten digits, in full precision and then at 3 and 2 bits, four ways.
 demo: $(VENV)/examples.stamp
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/integration
 
-test-slow: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m slow
+# The matrix of docs/compatibility.md: real runs, two processes among them.
+test-integration: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m "" tests/integration
+
+# The oldest Lightning that pyproject.toml allows.
+test-oldest: $(VENV)-oldest/dev.stamp
+	$(VENV)-oldest/bin/python -m pytest tests/callbacks $(addprefix tests/integration/test_,resume.py checkpoints.py \
+		lightning_callbacks.py trainer_options.py precision.py optimization.py)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -42,5 +49,13 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
+$(VENV)-oldest/dev.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	grep -v lightning constraints.txt > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt \
+		"lightning==$(OLDEST)" "pytorch-lightning==$(OLDEST)" --editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-wheel build dist runs
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-oldest build dist runs

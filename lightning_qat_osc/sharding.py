@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["copy_whole_", "own_part", "reshard", "sharded_like", "whole"]
+__all__ = ["copy_whole_", "own_part", "reshard", "shard_whole", "sharded_like", "whole"]
 
 
 def _is_sharded(x: Tensor) -> bool:
@@ -44,12 +44,17 @@ def reshard(module: nn.Module) -> None:
                 child.reshard()
 
 
+def shard_whole(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, in the parts of another that may be sharded."""
+    if not _is_sharded(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(like.dtype), mesh, placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def copy_whole_(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor, the same on every process, into one that may be sharded."""
-    if _is_sharded(target):
-        from torch.distributed.tensor import distribute_tensor
-
-        mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
-        value = distribute_tensor(value.to(target.dtype), mesh, placements, src_data_rank=None)
-    target.copy_(value)
+    target.copy_(shard_whole(value, target))

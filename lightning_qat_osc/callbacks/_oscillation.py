@@ -14,8 +14,6 @@ from lightning_qat_osc.lookup import QuantizedWeight, quantized_weights
 
 __all__ = ["owned_by", "require_averaging_before", "require_quantization", "run_length", "run_step"]
 
-_WeightAveraging = getattr(pl.callbacks, "WeightAveraging", ())  # not in Lightning 2.5
-
 
 def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> None:
     """Insist that a QuantizationAwareTraining comes before a callback.
@@ -45,7 +43,7 @@ def require_averaging_before(trainer: pl.Trainer, callback: pl.Callback) -> None
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for other in callbacks[callbacks.index(callback) :]:
-        if isinstance(other, _WeightAveraging):
+        if isinstance(other, pl.callbacks.WeightAveraging):
             raise MisconfigurationException(
                 f"{type(other).__name__} must come before {type(callback).__name__} in the Trainer's callbacks, and "
                 "after QuantizationAwareTraining: what it swaps in before an evaluation is yet to be prepared for it."

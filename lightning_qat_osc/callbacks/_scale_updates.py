@@ -11,6 +11,7 @@ from torch.optim import LBFGS, Adam, Optimizer
 
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantizers import Quantizer
+from lightning_qat_osc.sharding import shard_whole, whole
 
 __all__ = ["ScaleUpdates", "with_room_for_scales"]
 
@@ -103,13 +104,18 @@ class ScaleUpdates:
             self._updates[optimizer].step()
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """States of the Adams, in the order of the user's optimizers."""
-        return [update.adam.state_dict() for update in self._updates.values()]
+        """States of the Adams, in the order of the user's optimizers, whole where scales are sharded."""
+        states = [update.adam.state_dict() for update in self._updates.values()]
+        for state in states:
+            state["state"] = {i: {k: whole(v) for k, v in values.items()} for i, values in state["state"].items()}
+        return states
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """Restore the Adams."""
         for update, state in zip(self._updates.values(), states):
             update.adam.load_state_dict(state)
+            for step, values in update.adam.state.items():
+                values.update({k: shard_whole(v, step) for k, v in values.items() if v.shape == step.shape})
 
 
 def with_room_for_scales(state: dict[str, Any], optimizer: Optimizer, scales: set[int]) -> dict[str, Any]:

@@ -115,8 +115,8 @@ class BatchNormReestimation(pl.Callback):
             return
         means = {name: value.mean() for name, value in divergence.items()}
         for name, value in means.items():
-            pl_module.log(f"batch_norm/divergence/{name}", value, batch_size=1)
-        pl_module.log("batch_norm/divergence", torch.stack(list(means.values())).amax(), batch_size=1)
+            pl_module.log(f"batch_norm/divergence/{name}", value, batch_size=1, sync_dist=True)
+        pl_module.log("batch_norm/divergence", torch.stack(list(means.values())).amax(), batch_size=1, sync_dist=True)
 
 
 def _chain(first: Any, rest: Any) -> Any:

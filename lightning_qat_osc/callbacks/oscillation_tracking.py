@@ -140,4 +140,5 @@ class OscillationTracking(TracksOscillation):
             metric.update(states)
             for layer, value in metric.compute().items():
                 key = f"oscillation/{figure}/{layer}" if layer else f"oscillation/{figure}"
-                pl_module.log(key, value, on_step=on_step, on_epoch=not on_step, batch_size=1)
+                # the same on every rank already; a Trainer of several asks for it all the same
+                pl_module.log(key, value, on_step=on_step, on_epoch=not on_step, batch_size=1, sync_dist=not on_step)

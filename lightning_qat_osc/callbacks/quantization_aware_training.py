@@ -24,6 +24,7 @@ from lightning_qat_osc.batch_norm import batch_norm_layers, batch_statistics
 from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
 from lightning_qat_osc.callbacks._scale_updates import ScaleUpdates, with_room_for_scales
+from lightning_qat_osc.callbacks._sharded_restore import load_histories
 from lightning_qat_osc.callbacks._training_passes import (
     ForwardFn,
     can_run_training_step,
@@ -41,12 +42,8 @@ from lightning_qat_osc.surgery import bits_differences, quantizable_layers, quan
 
 __all__ = ["QuantizationAwareTraining"]
 
-# they copy the model in `setup`, and pair its parameters with the copy's by position; the first is not in Lightning 2.5
-_COPY_THE_MODEL = tuple(
-    getattr(pl.callbacks, name)
-    for name in ("WeightAveraging", "StochasticWeightAveraging")
-    if hasattr(pl.callbacks, name)
-)
+# they copy the model in `setup`, and pair its parameters with the copy's by position
+_COPY_THE_MODEL = (pl.callbacks.WeightAveraging, pl.callbacks.StochasticWeightAveraging)
 
 
 _NO_BATCHES = "the training data must have at least 1 batch to initialise ranges from, got 0"
@@ -189,9 +186,10 @@ class QuantizationAwareTraining(pl.Callback):
             self._scale_updates.load_state_dict(self._saved_scale_updates)
             self._saved_scale_updates = None
         self._make_room_for_scales(trainer, pl_module)
-        # sharded strategies restore from here on, and ask an optimizer for a state of every parameter that it may move
-        for scale in scale_parameters(pl_module) if trainer.strategy.restore_checkpoint_after_setup else []:
-            scale.requires_grad_(False)
+        if trainer.strategy.restore_checkpoint_after_setup:
+            # from here on, and these strategies ask an optimizer for a state of every parameter that it may move
+            for scale in scale_parameters(pl_module):
+                scale.requires_grad_(False)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -202,6 +200,8 @@ class QuantizationAwareTraining(pl.Callback):
             self._float_checkpoint = checkpoint
             if self._scale_updates is not None:  # sharded strategies restore after on_fit_start
                 self._make_room_for_scales(trainer, pl_module)
+        elif trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None:
+            load_histories(pl_module, trainer.ckpt_path)
 
     def _make_room_for_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         checkpoint, self._float_checkpoint = self._float_checkpoint, None

@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--resume", type=Path)
     a = parser.parse_args()
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("error", message=".*self.log.'(oscillation|batch_norm)/.*sync_dist=True.*")
     warnings.filterwarnings("default", message="Training runs in copies.*")
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -155,8 +156,9 @@ def main() -> None:
         "ddp_spawn": "ddp_spawn",
         "ddp_notebook": "ddp_notebook",
         "fsdp2": ModelParallelStrategy(a.devices, 1, process_group_backend="gloo"),
+        "fsdp2, one file": ModelParallelStrategy(a.devices, 1, False, process_group_backend="gloo"),
     }
-    sharded = a.granularity if a.strategy == "fsdp2" else None
+    sharded = a.granularity if a.strategy.startswith("fsdp2") else None
     module, look = Net(a.lr, a.optimizer, sharded, a.compile, not a.no_batch_norm), Look()
     if not a.no_batch_norm:
         for bn in (module.bn1, module.bn2):
@@ -175,7 +177,7 @@ def main() -> None:
         OscillationTracking(momentum=0.1),
         OscillationDampening(final_weight=1e-2),
         IterativeFreezing(threshold=0.12, final_threshold=0.05),
-        BatchNormReestimation(num_batches=8),
+        BatchNormReestimation(num_batches=8, log_divergence=True),
         look,
     ]
     if a.stop is not None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import ConvModule, Data, trainer
@@ -119,13 +120,14 @@ def weights_alone(report):
     return [w for w in report["weights"] if round(w, 9) not in scales]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2, one file"])
 def test_resume(runs, tmp_path, strategy):
     checkpoint = tmp_path / "stop.ckpt"
     options = ("--strategy", strategy, "--optimizer", "AdamW", "--lr", "0.01")
     (unbroken, _), _ = runs(*options, "--epochs", "3", "--save", tmp_path / "end.ckpt")
     run(tmp_path / "first", *options, "--epochs", "3", "--stop", "2", "--save", checkpoint)
     (resumed, _), _ = run(tmp_path / "second", *options, "--epochs", "3", "--resume", checkpoint)
+    assert sum(unbroken["frequency"].values()) > 0
     for key in ("scales", "weights", "integers", "frozen", "frequency", "logged"):
         assert resumed[key] == unbroken[key], key
 
@@ -136,7 +138,14 @@ def test_a_ddp_checkpoint_in_one_process(runs, tmp_path):
     assert module.depthwise.weight_quantizer.bits == 2
 
 
-def test_flat_parameters_are_refused():
+@pytest.fixture
+def process_group_of_its_own():
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_flat_parameters_are_refused(process_group_of_its_own):
     class OnCPU(FSDPStrategy):
         """Lightning and torch refuse FSDPStrategy itself on a CPU, later."""
 
