@@ -245,6 +245,8 @@ class QuantizedLayer(nn.Module):
 
     float_class: type[nn.Module]
     """The class that the layer had before."""
+    float_forward: Callable[..., Any]
+    """Its forward, or the one that calls what it reads past."""
     quant_config: QuantConfig
     parameter_quantizers: dict[str, str]
     argument_quantizers: dict[str, str]
@@ -298,7 +300,7 @@ class QuantizedLayer(nn.Module):
         try:
             if isinstance(self, nn.RNNBase):
                 return self._recurrent_forward(*args, **kwargs)
-            return super().forward(*args, **kwargs)
+            return self.float_forward(*args, **kwargs)
         finally:
             for name in substitutes:
                 del self.__dict__[name]
@@ -326,13 +328,14 @@ class QuantizedLayer(nn.Module):
         latent = self.__dict__["_flat_weights"]
         self.__dict__["_flat_weights"] = [getattr(self, name) for name in cast(Any, self)._flat_weights_names]
         try:
-            return super().forward(*args, **kwargs)
+            return self.float_forward(*args, **kwargs)
         finally:
             self.__dict__["_flat_weights"] = latent
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by the layer's own class: the quantized one is made at run time."""
-        return _new_quantized, (self.float_class,), self.__dict__
+        state = cast(tuple[Any, ...], super().__reduce_ex__(max(protocol, 2)))[2]
+        return _new_quantized, (self.float_class,), state
 
 
 @torch.no_grad()
@@ -375,17 +378,20 @@ def quantized_class(layer_class: type[nn.Module]) -> type[nn.Module]:
 
 @cache
 def _make_class(layer_class: Any) -> type[nn.Module]:
+    # behind the layer's class, so that instances have its layout; what is to come before its own is set here
+    bases = tuple(base for base in (calling_forward(layer_class), layer_class, QuantizedLayer) if base is not None)
     attributes = {
         "__module__": layer_class.__module__,
         "__doc__": layer_class.__doc__,
+        "__reduce_ex__": QuantizedLayer.__reduce_ex__,
         "float_class": layer_class,
+        "float_forward": bases[0].forward,
+        "forward": QuantizedLayer.forward,
     }
     for parent in layer_class.__mro__:
         for name, value in vars(parent).items():
             if isinstance(value, property) and name.startswith("weight"):
                 attributes.setdefault(name, _substitutable(name, value))
-    calling = calling_forward(layer_class)
-    bases = (QuantizedLayer, layer_class) if calling is None else (QuantizedLayer, calling, layer_class)
     return type(f"Quantized{layer_class.__name__}", bases, attributes)
 
 

@@ -1,5 +1,6 @@
 """Every kind of layer computes with quantized weights and inputs, and what is not quantized is named."""
 
+import abc
 import copy
 import pickle
 import warnings
@@ -341,3 +342,30 @@ def test_keyword_calls_in_any_order():
     calibrated(layer, (x,))
     assert torch.equal(layer(input=x), layer(x))
     assert layer.input_quantizer.active
+
+
+class Abstract(abc.ABC):  # noqa: B024
+    """A base without instance attributes, first among the bases: its subclasses' instances are laid out otherwise."""
+
+
+class AbstractLSTM(Abstract, nn.LSTM):
+    def forward(self, x):
+        return super().forward(2 * x)[0]
+
+
+class AbstractConv(Abstract, nn.Conv1d):
+    pass
+
+
+@pytest.mark.parametrize("make", [lambda: AbstractLSTM(3, 4), lambda: AbstractConv(4, 4, 2)], ids=["lstm", "conv"])
+@pytest.mark.filterwarnings(RECURRENT)
+def test_a_class_behind_an_abstract_one(make):
+    layer = make()
+    x = torch.randn(5, 4, layer.weight_ih_l0.shape[1] if isinstance(layer, nn.LSTM) else 6)
+    before = layer(x)
+    model = nn.Sequential(layer)
+    quantize_model(model, CONFIG)
+    assert torch.equal(model(x), before)
+    calibrated(model, (x,))
+    assert 0 < (model(x) - before).abs().max() < 1
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
