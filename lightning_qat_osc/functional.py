@@ -6,6 +6,7 @@ Everything here is a function of tensors and broadcasts: a scale of shape ``[1]`
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,6 +30,26 @@ def integer_grid(bits: int, *, signed: bool) -> tuple[int, int]:
     return 0, 2**bits - 1
 
 
+def _where_inside(values: Tensor, v: Tensor, n: int, p: int) -> Tensor:
+    """``values`` where n <= v <= p, else 0: in one pass, several times as fast as with a mask.
+
+    The backward of hardtanh does it for open intervals, so this asks for the one between the floats next to the limits.
+    """
+    below, above = _next_away_from_zero(n, -1.0, v.dtype), _next_away_from_zero(p, 1.0, v.dtype)
+    if values.dtype != v.dtype:
+        return torch.ops.aten.hardtanh_backward(values.to(v.dtype), v, below, above).to(values.dtype)
+    return torch.ops.aten.hardtanh_backward(values, v, below, above)
+
+
+def _next_away_from_zero(limit: int, sign: float, dtype: torch.dtype) -> float:
+    """The floating-point number next to a limit in the direction of a sign, which is its own or that of 0."""
+    info = torch.finfo(dtype)
+    if limit == 0:
+        return sign * info.smallest_normal * info.eps
+    _, exponent = math.frexp(limit)
+    return limit + sign * math.ldexp(info.eps, exponent - 1)
+
+
 class _LearnedStepSize(torch.autograd.Function):
     """``x_q = s clip(round(x/s), n, p)`` with the gradients of LSQ. Saves its two inputs and nothing else."""
 
@@ -46,11 +67,11 @@ class _LearnedStepSize(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         n, p = ctx.limits
         v = x / scale
-        outside = (v < n) | (v > p)
-        grad_x = grad.masked_fill(outside, 0.0) if ctx.needs_input_grad[0] else None
+        grad_x = _where_inside(grad, v, n, p) if ctx.needs_input_grad[0] else None
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            dxq_ds = v.round().clamp_(n, p).sub_(v.masked_fill_(outside, 0.0))
+            v_inside = _where_inside(v, v, n, p)
+            dxq_ds = v.round_().clamp_(n, p).sub_(v_inside)
             grad_scale = dxq_ds.mul_(grad).sum_to_size(scale.shape)
         return grad_x, grad_scale, None, None
 
