@@ -1,0 +1,150 @@
+"""Training steps under a real Lightning Trainer, in short runs that can take turns."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import lightning as L
+import torch
+from networks import Workload
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_qat_osc import (
+    IterativeFreezing,
+    OscillationDampening,
+    OscillationTracking,
+    QuantConfig,
+    QuantizationAwareTraining,
+)
+
+UNTIMED, TIMED = 3, 10  # steps at the start of each short run that do not count, and those that do
+
+
+class Classifier(L.LightningModule):
+    """A plain LightningModule around a network."""
+
+    def __init__(self, network: nn.Module, learning_rate: float) -> None:
+        super().__init__()
+        self.network = network
+        self.learning_rate = learning_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        logits: Tensor = self.network(x)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy."""
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum."""
+        return torch.optim.SGD(self.parameters(), self.learning_rate, momentum=0.9)
+
+
+class Stopwatch(L.Callback):
+    """Times each step from the end of the one before: data, forward, backward, optimizer and every callback."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+
+def everything(weight_bits: int = 4, activation_bits: int = 4, **qat: Any) -> list[L.Callback]:
+    """Every callback of a training step, each with work to do from the first step on."""
+    return [
+        QuantizationAwareTraining(weight_bits, activation_bits, **qat),
+        OscillationTracking(momentum=0.01),
+        OscillationDampening(final_weight=1e-3, initial_weight=1e-3),
+        IterativeFreezing(threshold=0.03),
+    ]
+
+
+class Steps:
+    """A network under training, a few steps at a time.
+
+    Args:
+        workload: What to train.
+        network: The network, if not the workload's own.
+        callbacks: The Trainer's.
+        memory_format: Of the network and its inputs.
+        precision: The Trainer's.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        network: nn.Module | None = None,
+        callbacks: list[L.Callback] | None = None,
+        *,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        precision: Any = "32-true",
+    ) -> None:
+        self.callbacks = callbacks or []
+        self.precision = precision
+        torch.manual_seed(0)
+        own = workload.network() if network is None else network
+        x = workload.batch()
+        if x.dim() == 4:
+            own, x = own.to(memory_format=memory_format), x.to(memory_format=memory_format)
+        self.module = Classifier(own, workload.learning_rate)
+        self.batch = x, torch.randint(0, 10, (len(x),))
+
+    def run(self, steps: int, *extra: L.Callback) -> None:
+        """Make some steps."""
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        data: DataLoader[Any] = DataLoader([self.batch] * steps, batch_size=None)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = L.Trainer(
+                accelerator="cpu",
+                max_epochs=1,
+                callbacks=[*self.callbacks, *extra],
+                precision=self.precision,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(self.module, data)
+
+    def seconds(self) -> float:
+        """Median seconds of a step over a short run, without those that log."""
+        watch = Stopwatch()
+        self.run(UNTIMED + TIMED + 1, watch)
+        ends = watch.ends[UNTIMED - 1 : -1]
+        return statistics.median(b - a for a, b in zip(ends, ends[1:]))
+
+
+def quantized(workload: Workload, config: QuantConfig | None = None) -> nn.Module:
+    """The workload's network with calibrated quantizers, outside any Trainer."""
+    from lightning_qat_osc import quantize_model
+    from lightning_qat_osc.calibration import Calibrator
+
+    config = config or QuantConfig(4, 4)
+    torch.manual_seed(0)
+    network = quantize_model(workload.network(), config)
+    calibrator = Calibrator(network, config)
+    with torch.no_grad(), calibrator.observe():
+        network(workload.batch())
+    calibrator.finish()
+    return network
+
+
+def copies(network: nn.Module, count: int) -> list[nn.Module]:
+    """Independent copies."""
+    return [deepcopy(network) for _ in range(count)]
+
+
+Make = Callable[[Workload], nn.Module]
