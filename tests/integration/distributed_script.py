@@ -84,19 +84,26 @@ class InOrder(Data):
 
 class Look(L.Callback):
     def __init__(self):
-        self.initial, self.bn, self.logged, self.sent = None, [], {}, None
+        self.initial, self.bn, self.logged, self.sent = None, [], {}, []
 
     def on_train_start(self, trainer, pl_module):
         self.initial = [whole(s).mean().item() for s in scale_parameters(pl_module)]
         wrapper = trainer.strategy.model
         if isinstance(wrapper, nn.parallel.DistributedDataParallel):
-            self.sent = sum(b.numel() * b.element_size() for b in wrapper.modules_buffers)
+            broadcast = wrapper._distributed_broadcast_coalesced
+
+            def counted(tensors, *args, **kwargs):
+                self.sent.append(sum(t.numel() * t.element_size() for t in tensors))
+                return broadcast(tensors, *args, **kwargs)
+
+            wrapper._distributed_broadcast_coalesced = counted
 
     def on_validation_epoch_start(self, trainer, pl_module):
-        self.bn = [b.tolist() for name, b in pl_module.named_buffers() if name.endswith("running_mean")]
+        self.bn = [b.tolist() for name, b in pl_module.named_buffers() if name.endswith(("_mean", "_var"))]
 
     def on_train_end(self, trainer, pl_module):
-        self.logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("oscillation")}
+        ours = ("oscillation/", "batch_norm/")
+        self.logged = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(ours)}
 
 
 class Stop(L.Callback):
@@ -138,6 +145,7 @@ def main() -> None:
     parser.add_argument("--quantize-first", action="store_true")
     parser.add_argument("--optimizer", default="SGD")
     parser.add_argument("--lr", type=float, default=0.3)
+    parser.add_argument("--scale-lr", type=float, default=0.01)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--stop", type=int)
@@ -171,7 +179,7 @@ def main() -> None:
             3,
             first_last_bits=None,
             weight_granularity=a.granularity,
-            scale_learning_rate=0.01,
+            scale_learning_rate=a.scale_lr,
             calibration_batches=8,
         ),
         OscillationTracking(momentum=0.1),

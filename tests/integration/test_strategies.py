@@ -5,14 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import ConvModule, Data, trainer
 
-from lightning_qat_osc import QuantizationAwareTraining, load_quantized
+from lightning_qat_osc import QuantizationAwareTraining, load_quantized, oscillation_states
+from lightning_qat_osc.lookup import quantized_layers
 
 SCRIPT = Path(__file__).parent / "distributed_script.py"
 ROOT = Path(__file__).parent.parent.parent
@@ -73,6 +75,35 @@ def test_sharded_is_as_replicated(runs):
     for key in ("scales", "bn"):
         for ours, theirs in zip(ddp[key], fsdp2[key]):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    # of which each rank of the one knows all, and each rank of the other its part
+    figures = [{k: v for k, v in run["logged"].items() if k.startswith("oscillation/")} for run in (ddp, fsdp2)]
+    assert "oscillation/dampening_loss" in figures[0]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_compiled_is_as_eager(runs, strategy):
+    options = ("--strategy", strategy, "--granularity", "per_tensor")
+    (eager, _), _ = runs(*options)
+    (compiled, _), _ = runs(*options, "--compile")
+    for key in ("scales", "bn"):
+        for ours, theirs in zip(compiled[key], eager[key]):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert compiled["weights"] == pytest.approx(eager["weights"], rel=1e-4)
+    for key in ("integers", "frozen", "sent"):
+        assert compiled[key] == eager[key], key
+
+
+def test_reestimated_statistics_are_those_of_one_process_on_all_the_batches(runs):
+    # nothing is trained, so that both estimate them for one network
+    options = ("--lr", "0", "--scale-lr", "0", "--epochs", "1")
+    (one,), _ = runs("--strategy", "one", *options)
+    (first, _), _ = runs("--strategy", "ddp", *options)
+    mean, variance, *deeper = first["bn"]
+    assert mean == pytest.approx(one["bn"][0], rel=1e-5)
+    assert variance == pytest.approx(one["bn"][1], rel=1e-5)
+    for ours, theirs in zip(deeper, one["bn"][2:]):  # behind activations whose ranges are those of one process to 1e-3
+        assert ours == pytest.approx(theirs, abs=5e-3)
 
 
 def test_ranges_are_those_of_one_process_on_all_the_batches(runs):
@@ -99,7 +130,8 @@ def test_oscillation_state_is_never_broadcast(runs):
     # before each forward pass DDP sends batch norm's buffers (2 layers of 4 channels, and counts of 8 bytes), the
     # grids of 8 quantizers (5 floats each), and nothing of the 11 bytes of each of 140 weights
     (first, _), _ = runs("--strategy", "ddp", "--granularity", "per_tensor")
-    assert first["sent"] == 2 * (2 * 4 * 4 + 8) + 8 * 5 * 4
+    assert len(first["sent"]) >= 4 * 8
+    assert set(first["sent"]) == {2 * (2 * 4 * 4 + 8) + 8 * 5 * 4}
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
@@ -132,10 +164,12 @@ def test_resume(runs, tmp_path, strategy):
         assert resumed[key] == unbroken[key], key
 
 
-def test_a_ddp_checkpoint_in_one_process(runs, tmp_path):
-    runs("--strategy", "ddp", "--epochs", "1", "--save", tmp_path / "ddp.ckpt")
-    module = load_quantized(ConvModule, tmp_path / "ddp.ckpt")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2, one file"])
+def test_a_checkpoint_of_two_processes_in_one(runs, tmp_path, strategy):
+    (saved, _), _ = runs("--strategy", strategy, "--epochs", "2", "--save", tmp_path / "two.ckpt")
+    module = load_quantized(ConvModule, tmp_path / "two.ckpt")
     assert module.depthwise.weight_quantizer.bits == 2
+    assert {n: s.weight_int.flatten().tolist() for n, s in oscillation_states(module).items()} == saved["integers"]
 
 
 @pytest.fixture
@@ -150,5 +184,16 @@ def test_flat_parameters_are_refused(process_group_of_its_own):
         """Lightning and torch refuse FSDPStrategy itself on a CPU, later."""
 
     t = trainer([QuantizationAwareTraining()], strategy=OnCPU(process_group_backend="gloo"))
-    with pytest.raises(MisconfigurationException, match="use ModelParallelStrategy"):
+    with pytest.raises(MisconfigurationException, match="OnCPU keeps.*use ModelParallelStrategy"):
         t.fit(ConvModule(), Data())
+
+
+def test_deepspeed_is_refused():
+    class Deep(DeepSpeedStrategy):
+        def __init__(self):
+            """Without deepspeed, which is not installed here."""
+
+    module = ConvModule()
+    with pytest.raises(MisconfigurationException, match="Deep keeps.*use ModelParallelStrategy"):
+        QuantizationAwareTraining().setup(SimpleNamespace(strategy=Deep()), module, "fit")
+    assert not quantized_layers(module)
