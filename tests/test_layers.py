@@ -122,6 +122,43 @@ def test_attention_quantizes_every_projection_and_self_attention_its_input_once(
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_evaluates_as_it_trains(need_weights):
+    model, x = attention(), torch.randn(3, 5, 8)
+    calibrated(model, (x, x, x))
+    trained, _ = model(x, x, x, need_weights=need_weights)
+    with torch.no_grad():  # where torch's own takes its fused path, past the layers
+        evaluated, _ = model.eval()(x, x, x, need_weights=need_weights)
+    assert torch.allclose(evaluated, trained, atol=1e-6)
+
+
+def test_a_layer_called_several_times_has_one_range_and_the_sum_of_the_gradients():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(torch.tanh(self.linear(x)))
+
+    model, x = Twice(), torch.randn(3, 4)
+    calibrated(model, (x,))
+    assert list(quantized_layers(model)) == ["linear"]
+    layer, q = model.linear, model.linear.input_quantizer
+    w = fake_quantize(layer.weight, layer.weight_quantizer.scale, -8, 7)
+
+    def once(x):
+        return F.linear(fake_quantize(x, q.scale, q.quant_min, q.quant_max, q.zero_point), w, layer.bias)
+
+    expected = once(torch.tanh(once(x)))
+    out, parameters = model(x), list(model.parameters())
+    assert torch.allclose(out, expected, atol=1e-6)
+    for ours, theirs in zip(
+        torch.autograd.grad(out.square().sum(), parameters), torch.autograd.grad(expected.square().sum(), parameters)
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_cross_attention_has_a_range_for_each_input():
     model = attention(kdim=6, vdim=4)
     q, k, v = torch.randn(3, 5, 8), 10.0 * torch.randn(3, 7, 6), 0.1 * torch.randn(3, 7, 4)

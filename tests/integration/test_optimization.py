@@ -63,6 +63,21 @@ def test_states_advance_once_a_step_under_accumulation_and_clipping(accumulate, 
     assert frozen_weights(module) > 0 or clipping  # clipped steps are short
 
 
+def test_a_layer_that_is_called_several_times_a_step_advances_once():
+    class Twice(ConvModule):
+        def forward(self, x):
+            x = F.relu(self.bn1(self.stem(x)))
+            x = F.relu(self.bn2(self.depthwise(F.relu(self.depthwise(x)))))
+            return self.head(F.relu(self.point(x)).mean((2, 3)))
+
+    record, module = Record(), Twice(lr=0.5)
+    trainer(all_callbacks(record=record), max_epochs=6).fit(module, Data())
+    assert len(record.steps) == 48
+    assert_states_are_those_of_slow_loops(module, record, lambda step, batch: freezing_threshold(step, 48))
+    assert_frozen_weights_lie_on_the_grid(module)
+    assert frozen_weights(module) > 0
+
+
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipping_cuts_the_weights_gradients_and_not_the_scales(algorithm):
     class Steps(L.Callback):
