@@ -144,7 +144,7 @@ def run(name, max_steps=5, **kwargs):
 
 
 @pytest.mark.parametrize("name", [f.__name__ for f in MODELS])
-def test_five_steps_evaluation_and_resume(name, tmp_path):
+def test_five_steps_evaluation_and_reload(name, tmp_path):
     plain = Wrapped(name)
     expected = {n for n, m in plain.named_modules() if type(m).__name__ in ("Linear", "Conv1d", "Conv2d", "Conv1D")}
     module, t, data = run(name)
@@ -166,29 +166,24 @@ def test_five_steps_evaluation_and_resume(name, tmp_path):
     assert oscillation_states(loaded).keys() == states.keys()
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "bert"])
+@pytest.mark.parametrize("name", [f.__name__ for f in MODELS])
 def test_a_stopped_run_ends_with_the_same_bits(name, tmp_path):
+    class Seed(L.Callback):  # of dropout: a checkpoint does not hold the state of the generators
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            torch.manual_seed(trainer.global_step)
+
     class Save(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             if trainer.global_step == 2:
                 trainer.save_checkpoint(tmp_path / "stop.ckpt")
 
-    module = Wrapped(name)
-    data = DataLoader(Rows(module.examples), batch_size=4)
-    torch.manual_seed(1)
-    unbroken = trainer([*callbacks(), Save()], max_epochs=3, num_sanity_val_steps=0)
-    for m in module.modules():
-        if isinstance(m, torch.nn.Dropout):
-            m.p = 0.0  # a checkpoint does not hold the state of the generators
-    unbroken.fit(module, data, data)
-    resumed = Wrapped(name)
-    for m in resumed.modules():
-        if isinstance(m, torch.nn.Dropout):
-            m.p = 0.0
-    trainer(callbacks(), max_epochs=3, num_sanity_val_steps=0).fit(
-        resumed, data, data, ckpt_path=tmp_path / "stop.ckpt"
-    )
-    for (key, value), other in zip(module.state_dict().items(), resumed.state_dict().values()):
+    unbroken, resumed = Wrapped(name), Wrapped(name)
+    data = DataLoader(Rows(unbroken.examples), batch_size=4)
+    for module, last, path in ((unbroken, [Save()], None), (resumed, [], tmp_path / "stop.ckpt")):
+        t = trainer([*callbacks(), Seed(), *last], max_epochs=3, num_sanity_val_steps=0)
+        t.fit(module, data, data, ckpt_path=path)
+        assert t.global_step == 6
+    for (key, value), other in zip(unbroken.state_dict().items(), resumed.state_dict().values()):
         assert torch.equal(value, other), key
 
 
