@@ -46,6 +46,7 @@ def runs(tmp_path_factory):
     t = trainer([], max_epochs=2)
     t.fit(ConvModule(lr=0.1, optimizer="AdamW"), Data())
     t.save_checkpoint(folder / "float.ckpt")
+    t.save_checkpoint(folder / "float_weights.ckpt", weights_only=True)
     module = ConvModule(lr=0.3)
     t = trainer(callbacks(), max_epochs=4)
     t.fit(module, Data())
@@ -114,6 +115,27 @@ def test_weights_only_needs_a_configuration(runs):
         assert torch.equal(loaded.eval()(X), module(X))
     with pytest.raises(ValueError, match="has no quantizers: use ConvModule.load_from_checkpoint"):
         load_quantized(ConvModule, folder / "float.ckpt")
+
+
+@pytest.mark.parametrize("name", ["weights", "float_weights"])
+def test_training_does_not_go_on_from_weights_alone(runs, name):
+    # Lightning's own word: such a checkpoint has no optimizer
+    class Untrained(ConvModule):
+        def on_train_batch_start(self, batch, batch_idx):
+            raise AssertionError("was refused before")
+
+    folder, _ = runs
+    with pytest.raises(KeyError, match="checkpoint contains only the model"):
+        trainer(callbacks(), max_epochs=5).fit(Untrained(), Data(), ckpt_path=folder / f"{name}.ckpt")
+
+
+def test_a_full_precision_checkpoint_is_tested_in_full_precision(runs):
+    folder, _ = runs
+    expected = trainer([]).test(ConvModule(), Data(), ckpt_path=folder / "float.ckpt", verbose=False)
+    callback = QuantizationAwareTraining(2, 3)
+    with pytest.warns(UserWarning, match="no ranges yet, so this runs in full precision"):
+        result = trainer([callback]).test(ConvModule(), Data(), ckpt_path=folder / "float.ckpt", verbose=False)
+    assert result[0]["test_loss"] == pytest.approx(expected[0]["test_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["full", "weights"])

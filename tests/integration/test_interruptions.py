@@ -185,6 +185,25 @@ def test_an_error_in_a_pass_leaves_no_trace(where, error):
     assert_goes_on(module, own)
 
 
+@pytest.mark.parametrize("function", ["validate", "test"])
+def test_an_error_in_a_pass_outside_fit_leaves_no_trace(function):
+    class Outside(Fragile):
+        def pass_or(self, phase):
+            return phase if torch.is_grad_enabled() else f"pass in {self.trainer.state.fn.value}"
+
+    class Look(BeforeAndAfter):
+        on_test_epoch_start = BeforeAndAfter.look
+
+    look, own, module = Look(None), callbacks(), Outside(f"pass in {function}")
+    trainer(own).fit(module, Data())
+    t = trainer([look, *own])
+    with pytest.raises(RuntimeError, match="user's error"):
+        getattr(t, function)(module, Data(), verbose=False)
+    assert look.compared == 1
+    assert_nothing_hangs_on(module, t)
+    assert_goes_on(module, own)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["training", "validation", "optimizer", "zero_grad", "batch_end"])
 def test_an_error_in_training_lets_go_of_everything(where, error):

@@ -601,6 +601,8 @@ def test_rich_summary_and_progress_bar(capsys):
     out = capsys.readouterr().out
     assert "QuantizedConv2d" in out
     assert "WeightQuantizer" in out
+    assert "Epoch 0/0" in out
+    assert "8/8" in out
 
 
 def test_pruning_is_refused_by_name():
