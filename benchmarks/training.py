@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -124,7 +125,7 @@ class Steps:
         watch = Stopwatch()
         self.run(UNTIMED + TIMED + 1, watch)
         ends = watch.ends[UNTIMED - 1 : -1]
-        return statistics.median(b - a for a, b in zip(ends, ends[1:]))
+        return statistics.median(b - a for a, b in pairwise(ends))
 
 
 def quantized(workload: Workload, config: QuantConfig | None = None) -> nn.Module:

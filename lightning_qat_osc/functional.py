@@ -36,9 +36,8 @@ def _where_inside(values: Tensor, v: Tensor, n: int, p: int) -> Tensor:
     The backward of hardtanh does it for open intervals, so this asks for the one between the floats next to the limits.
     """
     below, above = _next_away_from_zero(n, -1.0, v.dtype), _next_away_from_zero(p, 1.0, v.dtype)
-    if values.dtype != v.dtype:
-        return torch.ops.aten.hardtanh_backward(values.to(v.dtype), v, below, above).to(values.dtype)
-    return torch.ops.aten.hardtanh_backward(values, v, below, above)
+    inside: Tensor = torch.ops.aten.hardtanh_backward(values.to(v.dtype), v, below, above)
+    return inside.to(values.dtype)
 
 
 def _next_away_from_zero(limit: int, sign: float, dtype: torch.dtype) -> float:

@@ -142,6 +142,7 @@ _KINDS = (
         weights=_attention_weights,
         inputs=3,
         forward=_Attention,
+        remains="its scores and what it multiplies them with",
     ),
     LayerKind(
         "recurrent",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -45,9 +46,16 @@ def load_quantized(
         The module, with its oscillation histories. Training can go on from it.
 
     Raises:
-        ValueError: If the checkpoint has no quantizers, or does not say how it is quantized and ``config`` is None.
+        ValueError: If the checkpoint is a folder of shards, has no quantizers, or does not say how it is quantized
+            and ``config`` is None.
         RuntimeError: If the checkpoint does not fit the module.
     """
+    if Path(checkpoint_path).is_dir():
+        raise ValueError(
+            f"checkpoint_path must be a file, and {checkpoint_path} is a folder of shards: put them together with "
+            "`python -m lightning.pytorch.utilities.consolidate_checkpoint`, or train with "
+            "ModelParallelStrategy(save_distributed_checkpoint=False)"
+        )
     checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=weights_only)
     state = checkpoint["state_dict"]
     if not any(key.endswith("_quantizer.grid") for key in state):

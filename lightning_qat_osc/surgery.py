@@ -235,6 +235,7 @@ def _full_precision(
     module: nn.Module, layers: dict[str, nn.Module], new: dict[str, nn.Module], planned: dict[str, _LayerBits]
 ) -> Iterable[str]:
     """What stays in full precision though nobody asked for it, or is less than one may think, in sentences."""
+    remaining: dict[tuple[str, str], list[str]] = {}
     for name, layer in new.items():
         kind = _kind(layer)
         assert isinstance(layer, QuantizedLayer)
@@ -244,18 +245,23 @@ def _full_precision(
                 "has a forward of its own, which does not call it as a layer."
             )
         if kind.remains is not None and planned[name].input is not None:
-            yield f"{layer.float_class.__name__} '{name}': {kind.remains} stay in full precision."
+            remaining.setdefault((layer.float_class.__name__, kind.remains), []).append(name)
         computed = [p for p in layer.parameter_quantizers if _computed(layer, p)]
         if computed:
             yield (
                 f"Layer '{name}' computes its {', '.join(computed)} from other parameters (a parametrization, a norm, "
                 "pruning): it is quantized, but its oscillations are not tracked, dampened or frozen."
             )
+    for (type_name, what), names in remaining.items():
+        yield f"{type_name} {_listed(names)}: {what} stay in full precision."
     outside = _parameters_outside(module, layers)
     if outside:
-        more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
-        names = f"{', '.join(outside[:5])}{more}"
-        yield f"Parameters outside the layers that can be quantized stay in full precision: {names}."
+        yield f"Parameters outside the layers that can be quantized stay in full precision: {_listed(outside)}."
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"
 
 
 def _parameters_outside(module: nn.Module, layers: dict[str, nn.Module]) -> list[str]:

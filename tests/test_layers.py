@@ -159,6 +159,12 @@ def test_a_layer_called_several_times_has_one_range_and_the_sum_of_the_gradients
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_what_attention_leaves_in_full_precision_is_told_once():
+    model = nn.ModuleDict({"a": attention(), "b": attention()})
+    with pytest.warns(UserWarning, match="^MultiheadAttention a, b: its scores and what .* stay in full precision"):
+        quantize_model(model, CONFIG)
+
+
 def test_cross_attention_has_a_range_for_each_input():
     model = attention(kdim=6, vdim=4)
     q, k, v = torch.randn(3, 5, 8), 10.0 * torch.randn(3, 7, 6), 0.1 * torch.randn(3, 7, 4)

@@ -15,6 +15,7 @@ import torch
 import yaml
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
@@ -191,6 +192,13 @@ class QuantizationAwareTraining(pl.Callback):
             for scale in scale_parameters(pl_module):
                 scale.requires_grad_(False)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Look for NaN while there is a run to end."""
+        if trainer.state.fn == "fit" and trainer.state.status == TrainerStatus.RUNNING:
+            self._check_scales(trainer, pl_module)
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -303,9 +311,11 @@ class QuantizationAwareTraining(pl.Callback):
             self._finish_calibration(calibrator, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if the evaluation is one in full precision."""
+        """Say so if the evaluation is one in full precision; in fit, look for NaN."""
         if not trainer.sanity_checking:
             self._check_bits(pl_module)
+            if trainer.state.fn == "fit":
+                self._check_scales(trainer, pl_module)
             self._say_if_uncalibrated(pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -203,3 +203,8 @@ def test_a_truncated_file_loses_nothing(runs, tmp_path, share):
     with pytest.raises(Exception, match="."):
         load_quantized(ConvModule, tmp_path / "cut.ckpt")
     trainer(callbacks(), max_epochs=1).fit(going_on, Data())
+
+
+def test_a_folder_of_shards_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(ValueError, match="is a folder of shards: put them together with .*consolidate_checkpoint"):
+        load_quantized(ConvModule, tmp_path)

@@ -413,9 +413,27 @@ def test_a_loss_that_is_nan_is_told_and_nothing_of_it_evaluated_or_saved(tmp_pat
         t.fit(NanAt(step, value), Data())
     if every > 0:
         assert all(evaluated.finite)
+        assert list(tmp_path.glob("*.ckpt")) or step < 8
         for path in tmp_path.glob("*.ckpt"):
             state = torch.load(path, weights_only=True)["state_dict"]
             assert all(bool(v.isfinite().all()) for v in state.values())
+
+
+@pytest.mark.parametrize("first", ["validation", "checkpoint"])
+def test_nan_is_found_ahead_of_a_validation_or_checkpoint_in_mid_epoch(tmp_path, first):
+    class Evaluated(L.Callback):
+        steps = ()
+
+        def on_validation_epoch_start(self, trainer, pl_module):
+            self.steps = (*self.steps, trainer.global_step)
+
+    evaluated, checkpoint = Evaluated(), ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    options = {"val_check_interval": 3} if first == "validation" else {}
+    t = trainer([*ours(), evaluated, checkpoint], enable_checkpointing=True, num_sanity_val_steps=0, **options)
+    with pytest.raises(MisconfigurationException, match="not finite after optimizer step 6: a loss"):
+        t.fit(NanAt(4), Data())
+    assert evaluated.steps == ((3,) if first == "validation" else ())
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["epoch=0-step=3.ckpt"]
 
 
 @pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`.*")
