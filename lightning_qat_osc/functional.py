@@ -7,12 +7,15 @@ Everything here is a function of tensors and broadcasts: a scale of shape ``[1]`
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["fake_quantize", "integer_grid", "quantize_to_int"]
+from lightning_qat_osc.kernels import compiled, in_one_order, memory
+
+__all__ = ["fake_quantize", "integer_grid", "quantize_to_int", "rows"]
 
 
 def integer_grid(bits: int, *, signed: bool) -> tuple[int, int]:
@@ -49,33 +52,89 @@ def _next_away_from_zero(limit: int, sign: float, dtype: torch.dtype) -> float:
     return limit + sign * math.ldexp(info.eps, exponent - 1)
 
 
+def _quantize_dequantize(x: Tensor, scale: Tensor, n: int, p: int) -> Tensor:
+    """Round to nearest (ties to even, as torch, ONNX and the hardware do), clip, and scale back."""
+    return (x / scale).round_().clamp_(n, p).mul_(scale).to(x.dtype)
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, scale: Tensor, n: int, p: int, of_x: bool, of_scale: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Straight through for x inside the grid; for the scale round(v) - v inside, n or p outside."""
+    v = x / scale
+    grad_x = _where_inside(grad, v, n, p) if of_x else None
+    grad_scale = None
+    if of_scale:
+        v_inside = _where_inside(v, v, n, p)
+        dxq_ds = v.round_().clamp_(n, p).sub_(v_inside)
+        grad_scale = dxq_ds.mul_(grad).sum_to_size(scale.shape)
+    return grad_x, grad_scale
+
+
 class _LearnedStepSize(torch.autograd.Function):
     """``x_q = s clip(round(x/s), n, p)`` with the gradients of LSQ. Saves its two inputs and nothing else."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, n: int, p: int) -> Tensor:
-        """Round to nearest (ties to even, as torch, ONNX and the hardware do), clip, and scale back."""
         ctx.save_for_backward(x, scale)
         ctx.limits = n, p
-        return (x / scale).round_().clamp_(n, p).mul_(scale).to(x.dtype)
+        return _quantize_dequantize(x, scale, n, p)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """Straight through for x inside the grid; for the scale round(v) - v inside, n or p outside."""
-        (grad,) = grad_outputs
         x, scale = ctx.saved_tensors
-        n, p = ctx.limits
-        v = x / scale
-        grad_x = _where_inside(grad, v, n, p) if ctx.needs_input_grad[0] else None
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            v_inside = _where_inside(v, v, n, p)
-            dxq_ds = v.round_().clamp_(n, p).sub_(v_inside)
-            grad_scale = dxq_ds.mul_(grad).sum_to_size(scale.shape)
-        return grad_x, grad_scale, None, None
+        return *_gradients(grad_outputs[0], x, scale, *ctx.limits, *ctx.needs_input_grad[:2]), None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, zero_point: int = 0) -> Tensor:
+class _FusedLearnedStepSize(_LearnedStepSize):
+    """The same in one compiled kernel forward and one backward, where the memory of all tensors runs in one order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, n: int, p: int) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.limits = n, p
+        views = rows([scale], [x])
+        if views is None:
+            return _quantize_dequantize(x, scale, n, p)
+        out: Tensor = compiled(_quantize_dequantize)(views[1], views[0], n, p)
+        return out.as_strided(x.shape, x.stride())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, scale = ctx.saved_tensors
+        (grad,) = grad_outputs
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
+        views = rows([scale], [x, grad])
+        if views is None:
+            return _LearnedStepSize.backward(ctx, *grad_outputs)
+        s, x_view, grad_view = views
+        needed = ctx.needs_input_grad[:2]
+        grad_x, grad_scale = compiled(_gradients)(grad_view, x_view, s, *ctx.limits, *needed)
+        return (
+            None if grad_x is None else grad_x.as_strided(x.shape, x.stride()),
+            None if grad_scale is None else grad_scale.view(scale.shape),
+            None,
+            None,
+        )
+
+
+def rows(scales: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """Scales and tensors that they apply to, in few dimensions and the same memory: [1] and [n], or [G, 1] and [G, n].
+
+    None where the tensors' memory runs in different orders, or output channels are not the first dimension.
+    """
+    groups, n = scales[0].numel(), tensors[0].numel()
+    if groups == 1 and in_one_order(tensors):
+        return [*(memory(s, 1) for s in scales), *(memory(t, n) for t in tensors)]
+    if groups > 1 and scales[0].shape[0] == groups and all(t.is_contiguous() for t in tensors):
+        return [*(memory(s, groups, 1) for s in scales), *(memory(t, groups, n // groups) for t in tensors)]
+    return None
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, zero_point: int = 0, *, fused: bool = False
+) -> Tensor:
     r"""Quantize and dequantize, with the gradients of LSQ.
 
     .. math::
@@ -98,11 +157,14 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, zero
         quant_min: Smallest integer.
         quant_max: Largest integer.
         zero_point: The integer that stands for 0.0.
+        fused: Compute with kernels that ``torch.compile`` makes of the same equations. It needs a compiler.
 
     Returns:
         The quantized values, in the shape and dtype of ``x``.
     """
-    out: Tensor = _LearnedStepSize.apply(x, scale, quant_min - zero_point, quant_max - zero_point)  # type: ignore[no-untyped-call]
+    # inside somebody's compiled graph the equations fuse with what is around them
+    function = _FusedLearnedStepSize if fused and not torch.compiler.is_compiling() else _LearnedStepSize
+    out: Tensor = function.apply(x, scale, quant_min - zero_point, quant_max - zero_point)  # type: ignore[no-untyped-call]
     return out
 
 

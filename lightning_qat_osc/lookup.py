@@ -13,12 +13,14 @@ from lightning_qat_osc.quantizers import QuantizedLayer, Quantizer, WeightQuanti
 
 __all__ = [
     "QuantizedWeight",
+    "is_quantized",
     "model_modules",
     "oscillation_states",
     "quantized_layers",
     "quantized_weights",
     "quantizers",
     "scale_parameters",
+    "weights_with_quantizers",
 ]
 
 
@@ -55,11 +57,21 @@ def quantized_weights(module: nn.Module, max_bits: int = 8) -> list[QuantizedWei
 
     A weight that its layer computes from other parameters (a parametrization, pruning) is no parameter, and not here.
     """
+    return [w for w in weights_with_quantizers(module) if is_quantized(w.quantizer, max_bits)]
+
+
+def is_quantized(quantizer: Quantizer, max_bits: int = 8) -> bool:
+    """Whether a quantizer quantizes now, to at most ``max_bits`` bits."""
+    return quantizer.active and quantizer.bits is not None and quantizer.bits <= max_bits
+
+
+def weights_with_quantizers(module: nn.Module) -> list[QuantizedWeight]:
+    """The parameters of a model that have a quantizer, in use or not, each quantizer once."""
     found: dict[WeightQuantizer, QuantizedWeight] = {}
     for layer_name, layer in quantized_layers(module).items():
         for parameter, q in layer.weight_quantizers().items():
             weight = layer._parameters.get(parameter)
-            if weight is not None and q.active and q.bits is not None and q.bits <= max_bits:
+            if weight is not None:
                 found.setdefault(q, QuantizedWeight(weight_name(layer_name, parameter), weight, q))
     return list(found.values())
 

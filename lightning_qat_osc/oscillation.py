@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from lightning_qat_osc.sharding import sharded_like
 
-__all__ = ["OscillationState", "add_frozen_scale_gradient"]
+__all__ = ["OscillationState", "add_frozen_scale_gradient", "advance", "pass_on_gradient"]
 
 _TENSORS = ("weight_int", "direction", "frequency", "ema_int", "frozen")
 
@@ -64,16 +64,19 @@ class OscillationState(nn.Module):
             weight_int: Integers after the step, of the dtype and shape of the stored ones.
             momentum: Weight of the new value, m.
         """
-        weight_int = torch.where(self.frozen, self.weight_int, weight_int)
-        up = weight_int > self.weight_int
-        # delta_t is -1, 0 or 1 here: a difference of two int8 integers may not fit in one
-        delta = up.to(torch.int8) - (weight_int < self.weight_int).to(torch.int8)
-        # opposite signs, neither of them 0
-        oscillated = (delta * self.direction) < 0
-        self.frequency.lerp_(oscillated.to(self.frequency.dtype), momentum)
-        self.ema_int.lerp_(weight_int.to(self.ema_int.dtype), momentum)
-        self.direction = torch.where(delta != 0, delta, self.direction)
-        self.weight_int = weight_int
+        z, direction, frequency, ema_int = _track(
+            weight_int.float(),
+            self.weight_int.float(),
+            self.direction.float(),
+            self.frequency,
+            self.ema_int,
+            self.frozen.float(),
+            momentum,
+        )
+        self.weight_int.copy_(z)
+        self.direction.copy_(direction)
+        self.frequency.copy_(frequency)
+        self.ema_int.copy_(ema_int)
 
     @torch.no_grad()
     def freeze(self, threshold: float) -> None:
@@ -82,10 +85,9 @@ class OscillationState(nn.Module):
         Args:
             threshold: Frequency above which a weight is frozen, f_th.
         """
-        newly_frozen = (self.frequency > threshold) & ~self.frozen
-        target = self.ema_int.round().to(self.weight_int.dtype)
-        self.weight_int = torch.where(newly_frozen, target, self.weight_int)
-        self.frozen = self.frozen | newly_frozen
+        z, frozen = _freeze(self.weight_int.float(), self.frequency, self.ema_int, self.frozen.float(), threshold)
+        self.weight_int.copy_(z)
+        self.frozen.copy_(frozen)
 
     @torch.no_grad()
     def hold_frozen(self, weight: Tensor, scale: Tensor) -> None:
@@ -131,6 +133,95 @@ class OscillationState(nn.Module):
                 error_msgs.append(f"size mismatch for {prefix}{name}: {tuple(saved.shape)} != {tuple(tensor.shape)}")
             else:
                 setattr(self, name, saved.to(device=tensor.device, dtype=tensor.dtype, copy=True))
+
+
+def _track(
+    z: Tensor,
+    z_before: Tensor,
+    direction: Tensor,
+    frequency: Tensor,
+    ema_int: Tensor,
+    frozen: Tensor,
+    momentum: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Section 4.1 in numbers alone, ``frozen`` in 0 and 1: masks are slow on CPUs and in compiled kernels."""
+    z = z + frozen * (z_before - z)
+    delta = (z - z_before).sign()
+    oscillated = (delta * direction).clamp(max=0.0).neg()  # opposite signs, neither of them 0
+    frequency = frequency + momentum * (oscillated - frequency)
+    ema_int = ema_int + momentum * (z - ema_int)
+    direction = direction + delta.abs() * (delta - direction)
+    return z, direction, frequency, ema_int
+
+
+def _freeze(
+    z: Tensor, frequency: Tensor, ema_int: Tensor, frozen: Tensor, threshold: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1's freezing in numbers alone."""
+    newly_frozen = (frequency > threshold).to(frozen.dtype) * (1.0 - frozen)
+    return z + newly_frozen * (ema_int.round() - z), frozen + newly_frozen
+
+
+def advance(
+    scale: Tensor,
+    weight_int: Tensor,
+    direction: Tensor,
+    frequency: Tensor,
+    ema_int: Tensor,
+    frozen: Tensor,
+    weight: Tensor,
+    momentum: Tensor,
+    threshold: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+) -> None:
+    """One optimizer step of :class:`OscillationState`, in place: ``update``, and ``freeze`` and ``hold_frozen``.
+
+    Args:
+        scale: Scale of the weights after the step, broadcastable against them.
+        weight_int: The state's integers.
+        direction: The state's.
+        frequency: The state's.
+        ema_int: The state's.
+        frozen: The state's, as numbers 0 and 1.
+        weight: Latent weights after the step.
+        momentum: Weight of the new value, m, without dimensions.
+        threshold: Frequency above which a weight is frozen, without dimensions; None neither freezes nor holds.
+        quant_min: Smallest integer.
+        quant_max: Largest integer.
+    """
+    z = (weight / scale).round_().clamp_(quant_min, quant_max)
+    number = z.dtype
+    held = frozen.to(number)
+    z, new_direction, new_frequency, new_ema = _track(
+        z, weight_int.to(number), direction.to(number), frequency, ema_int, held, momentum
+    )
+    if threshold is not None:
+        z, held = _freeze(z, new_frequency, new_ema, held, threshold)
+        frozen.copy_(held)
+        weight.copy_(torch.where(held > 0.0, (scale * z).to(weight.dtype), weight))
+    weight_int.copy_(z)
+    direction.copy_(new_direction)
+    frequency.copy_(new_frequency)
+    ema_int.copy_(new_ema)
+
+
+def pass_on_gradient(
+    owed: Tensor, grad: Tensor, weight_int: Tensor, frozen: Tensor, quant_min: int, quant_max: int
+) -> None:
+    """Equation of :func:`add_frozen_scale_gradient`, in place.
+
+    Args:
+        owed: Of the scale's shape; what frozen weights owe the scale is added to it.
+        grad: Gradient of the latent weights; 0 at the frozen ones afterwards.
+        weight_int: The state's integers.
+        frozen: The state's, as numbers 0 and 1.
+        quant_min: Smallest integer.
+        quant_max: Largest integer.
+    """
+    held = frozen.to(owed.dtype)
+    owed.add_((grad * held * weight_int.to(owed.dtype)).sum_to_size(owed.shape))
+    grad.mul_(1.0 - held)
 
 
 @torch.no_grad()

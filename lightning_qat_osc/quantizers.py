@@ -37,6 +37,7 @@ class Quantizer(nn.Module):
         zero_point: The integer that stands for 0.0.
         calibrated: Whether the scale and the grid have been set from data.
         scale_grad: Gradient of the scale between the moment it is taken out of the optimizer's sight and the step.
+        fused: Whether to compute with compiled kernels.
     """
 
     grid: Tensor
@@ -49,6 +50,7 @@ class Quantizer(nn.Module):
         self.quant_min, self.quant_max, self.zero_point = 0, 0, 0
         self.calibrated = False
         self.scale_grad: Tensor | None = None
+        self.fused = False
         # the five above once more, for the checkpoint. As a buffer of floats it survives averaged copies of the model.
         self.register_buffer("grid", torch.zeros(5))
         self._write_grid()
@@ -62,7 +64,7 @@ class Quantizer(nn.Module):
         """Fake-quantize ``x``, of any shape that the scale broadcasts against."""
         if not self.active:
             return x
-        return fake_quantize(x, self.scale, self.quant_min, self.quant_max, self.zero_point)
+        return fake_quantize(x, self.scale, self.quant_min, self.quant_max, self.zero_point, fused=self.fused)
 
     @torch.no_grad()
     def set_range(self, scale: Tensor, quant_min: int, quant_max: int, zero_point: int = 0) -> None:

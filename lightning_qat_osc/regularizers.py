@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_qat_osc.functional import fake_quantize
 
-__all__ = ["Aggregation", "dampening_gradient", "dampening_loss"]
+__all__ = ["Aggregation", "add_dampening_gradient", "dampening_factor", "dampening_gradient", "dampening_loss"]
 
 Aggregation = Literal["sum", "mean", "kernel_mean"]
 """``sum``: the squared Frobenius norm of the paper. ``mean``: its mean over the weights. ``kernel_mean``: a sum over
@@ -55,11 +55,36 @@ def dampening_loss(
     return (weight_q - clipped).square().sum() / _divisor(weight.shape, aggregation)
 
 
+def dampening_factor(shape: torch.Size, aggregation: Aggregation) -> float:
+    """What the gradient of the squared distance is multiplied with: 2, divided as the distances are averaged."""
+    return 2.0 / _divisor(shape, aggregation)
+
+
+def add_dampening_gradient(
+    scale: Tensor, pull: Tensor, grad: Tensor, weight: Tensor, quant_min: int, quant_max: int
+) -> None:
+    r"""Add a multiple of :func:`dampening_loss`'s gradient, :math:`2 (w - w_q) \, 1[s n \le w \le s p]`, in place.
+
+    With v = clip(w/s, n, p) the indicator needs no mask: :math:`v - \mathrm{round}(v)` is 0 at the grid's ends.
+    The scale gets no gradient.
+
+    Args:
+        scale: Step between two grid points, broadcastable against ``weight``.
+        pull: ``scale`` times lambda times :func:`dampening_factor`.
+        grad: Gradient of the latent weights, to which it is added.
+        weight: Latent weights.
+        quant_min: Smallest integer, n.
+        quant_max: Largest integer, p.
+    """
+    v = (weight / scale).clamp_(quant_min, quant_max)
+    grad.add_(v.sub_(v.round()).mul_(pull))
+
+
 @torch.no_grad()
 def dampening_gradient(
     weight: Tensor, scale: Tensor, quant_min: int, quant_max: int, aggregation: Aggregation = "sum"
 ) -> Tensor:
-    r"""Gradient of :func:`dampening_loss`: :math:`2 (w - w_q) \, 1[s n \le w \le s p]`; the scale gets none.
+    """Gradient of :func:`dampening_loss`, as :func:`add_dampening_gradient` adds it.
 
     Args:
         weight: Latent weights; dimension 0 holds the output channels.
@@ -74,7 +99,7 @@ def dampening_gradient(
     Raises:
         ValueError: If the aggregation is unknown.
     """
-    weight_q = fake_quantize(weight, scale, quant_min, quant_max)
-    outside = (weight < scale * quant_min) | (weight > scale * quant_max)
-    factor = 2.0 / _divisor(weight.shape, aggregation)
-    return weight.sub(weight_q).mul_(factor).masked_fill_(outside, 0.0)
+    gradient = torch.zeros_like(weight)
+    pull = scale * dampening_factor(weight.shape, aggregation)
+    add_dampening_gradient(scale, pull, gradient, weight, quant_min, quant_max)
+    return gradient

@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["copy_whole_", "own_part", "reshard", "shard_whole", "sharded_like", "whole"]
+__all__ = ["copy_whole_", "is_sharded", "own_part", "reshard", "shard_whole", "sharded_like", "whole"]
 
 
-def _is_sharded(x: Tensor) -> bool:
+def is_sharded(x: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
     if not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor  # not there where distributed is not
@@ -19,17 +20,17 @@ def _is_sharded(x: Tensor) -> bool:
 
 def whole(x: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded: a collective, if it is."""
-    return x.full_tensor() if _is_sharded(x) else x  # type: ignore[attr-defined]
+    return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def own_part(x: Tensor) -> Tensor:
     """This process's part of a tensor that may be sharded."""
-    return x.to_local() if _is_sharded(x) else x  # type: ignore[attr-defined]
+    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def sharded_like(x: Tensor, other: Tensor) -> Tensor:
     """A tensor that may be sharded, in the parts of another of its shape: a collective, if it is in other parts."""
-    if not _is_sharded(x):
+    if not is_sharded(x):
         return x
     return x.redistribute(placements=other.placements)  # type: ignore[attr-defined, no-any-return]
 
@@ -46,7 +47,7 @@ def reshard(module: nn.Module) -> None:
 
 def shard_whole(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, the same on every process, in the parts of another that may be sharded."""
-    if not _is_sharded(like):
+    if not is_sharded(like):
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -10,13 +10,16 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 
 # from the ground up: a module may import those in lines before its own
 FLOORS = [
-    {"sharding", "functional", "schedules", "ranges", "layers"},
+    {"kernels", "sharding", "schedules", "ranges", "layers"},
+    {"functional"},
     {"oscillation", "regularizers", "batch_norm", "config"},
     {"quantizers", "metrics"},
     {"lookup"},
+    {"sweep"},
     {"surgery"},
     {"calibration", "plan", "loading"},
     {"callbacks._training_passes", "callbacks._optimizer_steps", "callbacks._scale_updates"},
+    {"callbacks._sharded_restore"},
     {"callbacks.quantization_aware_training"},
     {"callbacks._oscillation"},
     {"callbacks.oscillation_tracking", "callbacks.oscillation_dampening", "callbacks.batch_norm_reestimation"},
@@ -25,7 +28,7 @@ FLOORS = [
     {""},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-TORCH_ONLY = {"functional", "schedules", "ranges", "oscillation", "regularizers", "batch_norm"}
+TORCH_ONLY = {"kernels", "functional", "schedules", "ranges", "oscillation", "regularizers", "batch_norm"}
 
 
 def imported(source: str) -> set[str]:

@@ -10,9 +10,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat_osc.lookup import QuantizedWeight, quantized_weights
+from lightning_qat_osc.lookup import QuantizedWeight, is_quantized, weights_with_quantizers
 
-__all__ = ["owned_by", "require_averaging_before", "require_quantization", "run_length", "run_step"]
+__all__ = ["OptimizerWeights", "require_averaging_before", "require_quantization", "run_length", "run_step"]
 
 
 def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> None:
@@ -50,10 +50,26 @@ def require_averaging_before(trainer: pl.Trainer, callback: pl.Callback) -> None
             )
 
 
-def owned_by(optimizer: Optimizer, pl_module: pl.LightningModule, max_bits: int) -> list[QuantizedWeight]:
-    """The low-bit weights that an optimizer updates; not those that their owner holds fixed."""
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [w for w in quantized_weights(pl_module, max_bits) if w.weight.requires_grad and id(w.weight) in owned]
+class OptimizerWeights:
+    """The low-bit weights of each optimizer. The model is searched once, and what may change asked at each step.
+
+    Args:
+        pl_module: The quantized module, once it is whole.
+        max_bits: Weights of more bits than this are left out.
+    """
+
+    def __init__(self, pl_module: pl.LightningModule, max_bits: int) -> None:
+        self._weights = weights_with_quantizers(pl_module)
+        self._max_bits = max_bits
+
+    def of(self, optimizer: Optimizer) -> list[QuantizedWeight]:
+        """Those that an optimizer updates; not those that their owner holds fixed."""
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [
+            w
+            for w in self._weights
+            if w.weight.requires_grad and id(w.weight) in owned and is_quantized(w.quantizer, self._max_bits)
+        ]
 
 
 def run_length(trainer: pl.Trainer, what: str) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Adam, Optimizer
 
 from lightning_qat_osc.lookup import quantized_layers
@@ -35,20 +35,25 @@ class _LogSteps:
         group = optimizer.param_groups[0]
         self._peak = max(float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
         self._steps = [nn.Parameter(torch.zeros_like(q.scale)) for q in quantizers]
-        self.adam = Adam(self._steps, lr=learning_rate)
+        self.adam = Adam(self._steps, lr=learning_rate, fused=True)  # one kernel for all
 
     def step(self) -> None:
         """Move the scales by the gradients that were taken for them."""
         now = float(self._optimizer.param_groups[0]["lr"])
         share = min(1.0, now / self._peak) if self._peak > 0.0 else 1.0
         self.adam.param_groups[0]["lr"] = share * self._learning_rate
-        for q, step in zip(self.quantizers, self._steps):
-            step.zero_()
-            step.grad = None if q.scale_grad is None else q.scale_grad * q.scale
-            q.scale_grad = None
+        moved = [(q, step) for q, step in zip(self.quantizers, self._steps) if q.scale_grad is not None]
+        if not moved:
+            return
+        scales: list[Tensor] = [q.scale for q, _ in moved]
+        steps: list[Tensor] = [step for _, step in moved]
+        gradients = torch._foreach_mul([q.scale_grad for q, _ in moved if q.scale_grad is not None], scales)
+        for (q, step), gradient in zip(moved, gradients):
+            step.grad, q.scale_grad = gradient, None
+        torch._foreach_zero_(steps)
         self.adam.step()
-        for q, step in zip(self.quantizers, self._steps):
-            q.scale.mul_(step.exp())
+        torch._foreach_mul_(scales, list(torch._foreach_exp(steps)))
+        self.adam.zero_grad()
 
 
 class ScaleUpdates:

@@ -57,17 +57,17 @@ class BatchNormReestimation(pl.Callback):
         self.num_batches = num_batches
         self.log_divergence = log_divergence
         self.forward_fn = forward_fn
+        self._layers: dict[str, _BatchNorm] = {}
         self._trained: dict[str, _BatchNorm] = {}  # the layers whose statistics training does not use
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that ``training_step`` can be run, and note which layers it may be for."""
         require_quantization(trainer, self)
         require_averaging_before(trainer, self)
-        self._note_trained(pl_module)
+        self._layers = batch_norm_layers(pl_module)
+        self._trained = {name: bn for name, bn in self._layers.items() if bn.training}
         if stage != "fit" and not self._trained:
-            self._trained = batch_norm_layers(
-                pl_module
-            )  # the module as a whole is in evaluation mode: nothing is frozen
+            self._trained = self._layers  # the module as a whole is in evaluation mode: nothing is frozen
         if self._trained and self.forward_fn is None and not can_run_training_step(pl_module):
             raise MisconfigurationException(
                 "BatchNormReestimation cannot run this module's `training_step` on its own (manual optimization, or a "
@@ -78,10 +78,9 @@ class BatchNormReestimation(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note which layers are in training mode: an epoch may have begun, or a callback unfrozen some."""
-        self._note_trained(pl_module)
-
-    def _note_trained(self, pl_module: pl.LightningModule) -> None:
-        self._trained = {name: bn for name, bn in batch_norm_layers(pl_module).items() if bn.training}
+        if batch_idx == 0:
+            self._layers = batch_norm_layers(pl_module)
+        self._trained = {name: bn for name, bn in self._layers.items() if bn.training}
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Re-estimate, and log how far the statistics were off."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,13 +11,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._optimizer_steps import is_log_step
-from lightning_qat_osc.callbacks._oscillation import owned_by, require_averaging_before, run_length, run_step
+from lightning_qat_osc.callbacks._oscillation import require_averaging_before, run_length, run_step
 from lightning_qat_osc.callbacks.oscillation_tracking import TracksOscillation
 from lightning_qat_osc.config import check_number
 from lightning_qat_osc.lookup import quantized_weights
-from lightning_qat_osc.oscillation import add_frozen_scale_gradient
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
 from lightning_qat_osc.sharding import reshard
+from lightning_qat_osc.sweep import pass_on_frozen_gradients
 
 __all__ = ["IterativeFreezing"]
 
@@ -49,6 +50,8 @@ class IterativeFreezing(TracksOscillation):
         TypeError: If an argument is no number.
         ValueError: If an argument is out of range.
     """
+
+    _freezes = True
 
     def __init__(
         self,
@@ -105,19 +108,12 @@ class IterativeFreezing(TracksOscillation):
     ) -> None:
         """Hand the gradient of frozen weights on to their scale."""
         self._step_hooks.begin(optimizer)
-        for _, weight, q in owned_by(optimizer, pl_module, self.max_bits):
-            if q.oscillation is not None and weight.grad is not None and q.scale_grad is not None:
-                add_frozen_scale_gradient(q.oscillation, weight.grad, q.scale_grad)
+        pass_on_frozen_gradients(self._weights.of(optimizer))
 
-    def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        super()._after_step(trainer, pl_module, optimizer)
+    def _threshold_now(self, trainer: pl.Trainer) -> float:
         step = run_step(trainer)
         self._in_force = self._schedule(step)
-        for _, weight, q in owned_by(optimizer, pl_module, self.max_bits):
-            state = q.start_tracking(weight)
-            if step >= self._first_step:
-                state.freeze(self._in_force)
-            state.hold_frozen(weight, q.scale)
+        return self._in_force if step >= self._first_step else math.inf
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -10,11 +10,12 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
-from lightning_qat_osc.callbacks._oscillation import owned_by, require_quantization, run_length, run_step
+from lightning_qat_osc.callbacks._oscillation import OptimizerWeights, require_quantization, run_length, run_step
 from lightning_qat_osc.config import check_bits, check_choice, check_number
 from lightning_qat_osc.lookup import quantized_weights
-from lightning_qat_osc.regularizers import Aggregation, dampening_gradient, dampening_loss
+from lightning_qat_osc.regularizers import Aggregation, dampening_loss
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
+from lightning_qat_osc.sweep import add_dampening
 
 __all__ = ["OscillationDampening"]
 
@@ -64,6 +65,7 @@ class OscillationDampening(pl.Callback):
         self._schedule: Schedule = constant(final_weight)
         self._weight = 0.0  # the one in force
         self._step_hooks = OptimizerStepHooks()
+        self._weights: OptimizerWeights
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that there will be something to dampen."""
@@ -71,6 +73,7 @@ class OscillationDampening(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the optimizers, and lay the schedule over the run."""
+        self._weights = OptimizerWeights(pl_module, self.max_bits)
         self._step_hooks.attach(trainer, partial(self.on_before_optimizer_step, trainer, pl_module))
         if self.initial_weight != self.final_weight:
             steps = run_length(trainer, "The dampening weight")
@@ -85,10 +88,7 @@ class OscillationDampening(pl.Callback):
         self._weight = self._schedule(run_step(trainer))
         if self._weight == 0.0:
             return
-        for _, weight, q in owned_by(optimizer, pl_module, self.max_bits):
-            if weight.grad is not None:
-                gradient = dampening_gradient(weight, q.scale, q.quant_min, q.quant_max, self.aggregation)
-                weight.grad.add_(gradient, alpha=self._weight)
+        add_dampening(self._weights.of(optimizer), self._weight, self.aggregation)
 
     @torch.no_grad()
     def on_train_batch_end(

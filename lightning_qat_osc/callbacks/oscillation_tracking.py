@@ -11,10 +11,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
-from lightning_qat_osc.callbacks._oscillation import owned_by, require_quantization
+from lightning_qat_osc.callbacks._oscillation import OptimizerWeights, require_quantization
 from lightning_qat_osc.config import check_bits, check_number
 from lightning_qat_osc.lookup import oscillation_states, quantized_weights
 from lightning_qat_osc.metrics import FrozenShare, OscillatingShare, OscillationFrequency
+from lightning_qat_osc.sweep import advance_states
 
 __all__ = ["OscillationTracking", "TracksOscillation"]
 
@@ -22,12 +23,15 @@ __all__ = ["OscillationTracking", "TracksOscillation"]
 class TracksOscillation(pl.Callback):
     """What tracking and freezing have in common: after each optimizer step, the states of its weights advance once.
 
-    However many such callbacks a Trainer has, they share the states, and the first of them advances these.
+    However many such callbacks a Trainer has, they share the states. One advances these, in one pass over the weights:
+    IterativeFreezing where there is one, or else the first.
 
     Args:
         momentum: Weight of the new value in the moving averages; None: that of the Trainer's other such callbacks.
         max_bits: Weights of more bits than this are left alone.
     """
+
+    _freezes = False
 
     def __init__(self, momentum: float | None, max_bits: int) -> None:
         super().__init__()
@@ -39,6 +43,7 @@ class TracksOscillation(pl.Callback):
         self._momentum = 0.0  # the one in force
         self._leads = False
         self._step_hooks = OptimizerStepHooks()
+        self._weights: OptimizerWeights
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Agree with the other callbacks on the momentum, and on who advances the states."""
@@ -53,15 +58,17 @@ class TracksOscillation(pl.Callback):
                 )
         momenta = [c.momentum for c in sharing if c.momentum is not None]
         self._momentum = momenta[0] if momenta else 0.01
-        self._leads = sharing[0] is self
+        self._leads = next((c for c in sharing if c._freezes), sharing[0]) is self
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the optimizers, and begin the history of every weight that has none with its integers of now."""
+        self._weights = OptimizerWeights(pl_module, self.max_bits)
 
         def after_step(optimizer: Optimizer) -> None:
             # where training_step returned None, Lightning steps without gradients, and nothing moves
-            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-                self._after_step(trainer, pl_module, optimizer)
+            moved = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+            if self._leads and moved:
+                advance_states(self._weights.of(optimizer), self._momentum, self._threshold_now(trainer))
 
         before = partial(self.on_before_optimizer_step, trainer, pl_module)
         self._step_hooks.attach(trainer, before, after_step)
@@ -75,10 +82,9 @@ class TracksOscillation(pl.Callback):
                 "last layer have first_last_bits): there is nothing to track. Lower the bits or raise max_bits."
             )
 
-    def _after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        if self._leads:
-            for _, weight, quantizer in owned_by(optimizer, pl_module, self.max_bits):
-                quantizer.start_tracking(weight).update(quantizer.to_int(weight), self._momentum)
+    def _threshold_now(self, trainer: pl.Trainer) -> float | None:
+        """Frequency above which weights freeze after this step; None where nothing ever does."""
+        return None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the optimizers."""

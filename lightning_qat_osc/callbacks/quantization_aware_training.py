@@ -35,6 +35,7 @@ from lightning_qat_osc.callbacks._training_passes import (
     without_side_effects,
 )
 from lightning_qat_osc.config import Granularity, LayerRule, QuantConfig, check_count, check_number, config_differences
+from lightning_qat_osc.kernels import why_nothing_compiles
 from lightning_qat_osc.lookup import quantized_layers, quantizers, scale_parameters
 from lightning_qat_osc.plan import format_plan, quantization_plan
 from lightning_qat_osc.ranges import RangeMethod
@@ -79,6 +80,9 @@ class QuantizationAwareTraining(pl.Callback):
         calibration_batches: Training batches from which activation ranges are initialised.
         scale_learning_rate: Learning rate of the scales' Adam. It acts on their logarithm: a step changes a scale by
             about this share of itself. It follows the learning-rate schedule of the module's optimizer.
+        fused: Compute quantizers and the steps of the oscillation callbacks with kernels that ``torch.compile`` makes
+            of them, for a module that is not compiled itself. The first steps then take longer. Where there is no
+            compiler, a warning says so and everything runs eagerly.
         print_plan: Print the plan (layer, type, shape, bits, ranges) before the first step.
         plan_path: File to write the plan to, as YAML, before the first step.
         forward_fn: Runs the network on a batch, given the LightningModule and the batch, where its ``training_step``
@@ -101,6 +105,7 @@ class QuantizationAwareTraining(pl.Callback):
         rules: Sequence[LayerRule] = (),
         calibration_batches: int = 4,
         scale_learning_rate: float = 1e-3,
+        fused: bool = False,
         print_plan: bool = False,
         plan_path: str | None = None,
         forward_fn: ForwardFn | None = None,
@@ -119,6 +124,7 @@ class QuantizationAwareTraining(pl.Callback):
         check_number("scale_learning_rate", scale_learning_rate, low=0.0)
         self.calibration_batches = calibration_batches
         self.scale_learning_rate = scale_learning_rate
+        self.fused = fused
         self.print_plan = print_plan
         self.plan_path = plan_path
         self.forward_fn = forward_fn
@@ -182,6 +188,7 @@ class QuantizationAwareTraining(pl.Callback):
                 f"{which} no quantizers, because they were made after Callback.setup: call "
                 "lightning_qat_osc.quantize_model(self, QuantConfig(...)) at the end of configure_model."
             )
+        self._choose_kernels(pl_module)
         self._scale_updates = ScaleUpdates(list(trainer.optimizers), pl_module, self.scale_learning_rate)
         if self._saved_scale_updates is not None:
             self._scale_updates.load_state_dict(self._saved_scale_updates)
@@ -191,6 +198,13 @@ class QuantizationAwareTraining(pl.Callback):
             # from here on, and these strategies ask an optimizer for a state of every parameter that it may move
             for scale in scale_parameters(pl_module):
                 scale.requires_grad_(False)
+
+    def _choose_kernels(self, pl_module: pl.LightningModule) -> None:
+        problem = why_nothing_compiles(pl_module.device) if self.fused else None
+        if problem is not None:
+            rank_zero_warn(f"fused=True needs torch.compile, which fails here, so kernels run eagerly: {problem}")
+        for quantizer in quantizers(pl_module):
+            quantizer.fused = self.fused and problem is None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

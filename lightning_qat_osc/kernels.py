@@ -1,0 +1,54 @@
+"""Compiled forms of small functions of tensors, and views of tensors in which one compiled form serves many shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+__all__ = ["compiled", "in_one_order", "memory", "why_nothing_compiles"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@cache
+def compiled(function: Function) -> Function:
+    """A function through ``torch.compile``, with sizes left open, so that layers of other sizes share one kernel."""
+    return cast(Function, torch.compile(function, dynamic=True))
+
+
+def why_nothing_compiles(device: torch.device) -> str | None:
+    """Compile something small: what went wrong on this machine, such as that it has no compiler, or None."""
+    try:
+        torch.compile(torch.neg, dynamic=True)(torch.ones(2, device=device))
+    except Exception as error:  # from whatever a backend is made of
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def in_one_order(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape fill their memory in one order: all are contiguous, or all in channels_last."""
+    first = tensors[0]
+    dense = any(first.is_contiguous(memory_format=f) for f in _formats(first))
+    return dense and all(t.stride() == first.stride() and t.shape == first.shape for t in tensors)
+
+
+def memory(x: Tensor, *shape: int) -> Tensor:
+    """The memory of a tensor that fills it, in another shape.
+
+    No view in torch's sense: a kernel compiled for a view is compiled again for each shape of what it is a view of.
+    """
+    size = torch.Size(shape)
+    strides = [math.prod(size[i + 1 :]) for i in range(len(size))]
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(
+        x.untyped_storage(), x.storage_offset(), size, tuple(strides)
+    )
+
+
+def _formats(x: Tensor) -> Sequence[torch.memory_format]:
+    of_images = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}
+    return (torch.contiguous_format, *of_images.get(x.dim(), ()))
