@@ -10,7 +10,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-__all__ = ["compiled", "in_one_order", "memory", "why_nothing_compiles"]
+__all__ = ["SMALL", "compiled", "in_one_order", "memory", "why_nothing_compiles"]
+
+SMALL = 2**15
+"""Elements up to which a compiled kernel is not worth its call; if the first it sees were so few, it would be made for one
+thread."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

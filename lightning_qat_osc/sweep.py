@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat_osc.functional import rows
-from lightning_qat_osc.kernels import compiled
+from lightning_qat_osc.kernels import SMALL, compiled
 from lightning_qat_osc.lookup import QuantizedWeight
 from lightning_qat_osc.oscillation import OscillationState, add_frozen_scale_gradient, advance, pass_on_gradient
 from lightning_qat_osc.regularizers import Aggregation, add_dampening_gradient, dampening_factor
@@ -21,7 +21,6 @@ from lightning_qat_osc.sharding import is_sharded
 
 __all__ = ["add_dampening", "advance_states", "pass_on_frozen_gradients"]
 
-_SMALL = 2**15  # elements up to which weights are swept together: below, a call costs more than its arithmetic
 _BLOCK = 2**16  # elements that stay in a CPU's cache from one operation to the next
 
 
@@ -101,7 +100,7 @@ def _batches(weights: Sequence[QuantizedWeight]) -> Iterator[list[QuantizedWeigh
     together: dict[object, list[QuantizedWeight]] = {}
     for w in weights:
         q = w.quantizer
-        alone = w.weight.numel() > _SMALL or is_sharded(w.weight)
+        alone = w.weight.numel() > SMALL or is_sharded(w.weight)
         key = w.name if alone else (q.quant_min, q.quant_max, q.fused, q.scale.dtype, w.weight.dtype, w.weight.device)
         together.setdefault(key, []).append(w)
     yield from together.values()
@@ -129,7 +128,7 @@ def _apply(
         The last of ``scales``, summed over the elements that each stands for if the kernel has added to it.
     """
     q = batch[0].quantizer
-    run = compiled(kernel) if q.fused else kernel
+    run = compiled(kernel) if q.fused and sum(t.numel() for t in columns[0]) > SMALL else kernel
     last = (*scalars, q.quant_min, q.quant_max)
     if len(batch) == 1:
         single = [s[0] for s in scales], [c[0] for c in columns]
