@@ -36,7 +36,7 @@ class QuantizeInputs:
     """The forward pre-hook that quantizes and dequantizes a layer's inputs, with the arithmetic of fake quantization.
 
     It holds plain numbers and pickles with its layer. Exporters look for it in ``layer._forward_pre_hooks`` and put
-    their own operators in its place.
+    a subclass with their own operators in its place.
 
     Attributes:
         grids: Name of an argument of the layer's forward -> its grid, None for full precision, in their order.
@@ -56,7 +56,7 @@ class QuantizeInputs:
             x = args[i] if i < len(args) else kwargs[argument]
             x_q = next((quantized for other, quantized in seen if other is x), None)
             if x_q is None:
-                x_q = x if grid is None else _fake_quantize(x, grid)
+                x_q = x if grid is None else self._quantize_any(x, grid)
                 seen.append((x, x_q))
             if i < len(args):
                 positional[i] = x_q
@@ -64,14 +64,17 @@ class QuantizeInputs:
                 keywords[argument] = x_q
         return tuple(positional), keywords
 
+    def _quantize_any(self, x: Any, grid: InputGrid) -> Any:
+        if isinstance(x, PackedSequence):
+            return x._replace(data=self.quantize(x.data, grid))
+        return self.quantize(x, grid)
 
-def _fake_quantize(x: Any, grid: InputGrid) -> Any:
-    if isinstance(x, PackedSequence):
-        return x._replace(data=_fake_quantize(x.data, grid))
-    # a tensor: CUDA divides by a number by multiplying with its reciprocal
-    scale = torch.full((1,), grid.scale, dtype=grid.dtype, device=x.device)
-    n, p = grid.quant_min - grid.zero_point, grid.quant_max - grid.zero_point
-    return ((x / scale).round().clamp(n, p) * scale).to(x.dtype)
+    def quantize(self, x: Tensor, grid: InputGrid) -> Tensor:
+        """Quantize and dequantize. Exporters override it with their own operators."""
+        # a tensor: CUDA divides by a number by multiplying with its reciprocal
+        scale = torch.full((1,), grid.scale, dtype=grid.dtype, device=x.device)
+        n, p = grid.quant_min - grid.zero_point, grid.quant_max - grid.zero_point
+        return ((x / scale).round().clamp(n, p) * scale).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
