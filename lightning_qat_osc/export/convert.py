@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from lightning_qat_osc.export.folding import Folding
+from lightning_qat_osc.export.folding import fold_batch_norm as fold
 from lightning_qat_osc.export.integers import (
     InputGrid,
     IntegerWeight,
@@ -86,14 +89,16 @@ class IntegerModel:
         weights: Key of a parameter in the module's state_dict -> its integers; shared weights are one object under each
             of their names. Where batch norm was folded in, these are the scales and integers that it left.
         inputs: Layer name -> argument of its forward -> grid, as in :func:`~lightning_qat_osc.export.input_grids`.
+        folding: What became of its batch norms.
     """
 
     module: nn.Module
     weights: dict[str, IntegerWeight]
     inputs: dict[str, dict[str, InputGrid]]
+    folding: Folding = field(default_factory=Folding)
 
 
-def convert(module: Module) -> Module:
+def convert(module: Module, *, fold_batch_norm: bool = False) -> Module:
     """The plain model that a quantized one computes: no quantizers, weights at ``scale * integer``.
 
     A deep copy in evaluation mode. Each layer has its own class back, and the state_dict has the keys of the float
@@ -108,21 +113,30 @@ def convert(module: Module) -> Module:
 
     Args:
         module: A model with quantizers, trained or loaded from a checkpoint. It is left as it is.
+        fold_batch_norm: Fold batch norms into the layers before them, where a trace of the model shows that this
+            changes nothing but rounding (:func:`~lightning_qat_osc.export.folding.fold_batch_norm`).
 
     Returns:
         The converted copy, of the same class.
 
     Raises:
         ValueError: If nothing in the module is quantized, or a layer cannot be converted; the message says why.
+
+    Warns:
+        UserWarning: Of each batch norm that stays although it was to be folded, with the reason.
     """
-    return cast(Module, integer_model(module).module)
+    model = integer_model(module, fold_batch_norm=fold_batch_norm)
+    for name, reason in model.folding.kept.items():
+        warnings.warn(f"Batch norm '{name}' is not folded: {reason}.", stacklevel=2)
+    return cast(Module, model.module)
 
 
-def integer_model(module: nn.Module) -> IntegerModel:
+def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> IntegerModel:
     """:func:`convert`, with the integers: for exporters.
 
     Args:
         module: A model with quantizers. It is left as it is.
+        fold_batch_norm: As for :func:`convert`.
 
     Returns:
         The converted copy, the integers of its weights and the grids of its inputs.
@@ -141,7 +155,11 @@ def integer_model(module: nn.Module) -> IntegerModel:
     prepare_layers(plain, list(arguments))
     set_weights(plain, weights)
     quantize_inputs(plain, {name: arguments[name] for name in inputs})
-    return IntegerModel(plain, weights, inputs)
+    if not fold_batch_norm:
+        return IntegerModel(plain, weights, inputs)
+    weights, folding = fold(plain, weights)
+    set_weights(plain, weights)
+    return IntegerModel(plain, weights, inputs, folding)
 
 
 def without_quantizers(module: Module) -> Module:
