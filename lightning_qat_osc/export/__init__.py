@@ -2,6 +2,7 @@
 
 from lightning_qat_osc.export.convert import IntegerModel, QuantizeInputs, convert, integer_model
 from lightning_qat_osc.export.integers import InputGrid, IntegerWeight, input_grids, integer_weights
+from lightning_qat_osc.export.packed import load_packed, save_packed
 
 __all__ = [
     "InputGrid",
@@ -12,4 +13,6 @@ __all__ = [
     "input_grids",
     "integer_model",
     "integer_weights",
+    "load_packed",
+    "save_packed",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.rnn import PackedSequence
-from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_qat_osc.export.folding import Folding
@@ -89,12 +89,14 @@ class IntegerModel:
         weights: Key of a parameter in the module's state_dict -> its integers; shared weights are one object under each
             of their names. Where batch norm was folded in, these are the scales and integers that it left.
         inputs: Layer name -> argument of its forward -> grid, as in :func:`~lightning_qat_osc.export.input_grids`.
+        layers: Names of the layers that had quantizers.
         folding: What became of its batch norms.
     """
 
     module: nn.Module
     weights: dict[str, IntegerWeight]
     inputs: dict[str, dict[str, InputGrid]]
+    layers: list[str]
     folding: Folding = field(default_factory=Folding)
 
 
@@ -156,10 +158,10 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
     set_weights(plain, weights)
     quantize_inputs(plain, {name: arguments[name] for name in inputs})
     if not fold_batch_norm:
-        return IntegerModel(plain, weights, inputs)
+        return IntegerModel(plain, weights, inputs, list(arguments))
     weights, folding = fold(plain, weights)
     set_weights(plain, weights)
-    return IntegerModel(plain, weights, inputs, folding)
+    return IntegerModel(plain, weights, inputs, list(arguments), folding)
 
 
 def without_quantizers(module: Module) -> Module:
@@ -255,6 +257,10 @@ def _make_permanent(layer: nn.Module, parameter: str) -> None:
             remove_weight_norm(layer, parameter)
         elif isinstance(hook, SpectralNorm) and hook.name == parameter:
             remove_spectral_norm(layer, parameter)
+            for handle, loading in list(layer._load_state_dict_pre_hooks.items()):
+                # torch wraps this hook when it is registered, and does not know it again when it removes it
+                if isinstance(getattr(loading, "hook", loading), SpectralNormLoadStateDictPreHook):
+                    del layer._load_state_dict_pre_hooks[handle]
         elif isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == parameter:
             prune.remove(layer, parameter)  # type: ignore[no-untyped-call]
 

@@ -114,11 +114,9 @@ def remove_batch_norm(module: nn.Module, norm_name: str, layer_name: str) -> Non
         for child_name, child in parent.named_children():
             if child is norm:
                 setattr(parent, child_name, nn.Identity())
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    assert weight is not None
-    assert isinstance(norm, _BatchNorm)
+    weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
     trains = weight.requires_grad if bias is None else bias.requires_grad
-    layer.bias = nn.Parameter(weight.detach().new_zeros(norm.num_features), requires_grad=trains)
+    layer.bias = nn.Parameter(weight.detach().new_zeros(_channels(layer)), requires_grad=trains)
 
 
 def _affine(layer: _Foldable, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -156,6 +154,10 @@ def _scaled(weight: IntegerWeight, factor: Tensor, axis: int) -> IntegerWeight:
         scale=torch.where(gone, scale.to(scaled.dtype), scaled),
         channel_axis=axis,
     )
+
+
+def _channels(layer: nn.Module) -> int:
+    return int(layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features)  # type: ignore[arg-type]
 
 
 def _channels_at(axis: int, dims: int) -> list[int]:
@@ -267,9 +269,8 @@ class _Graphs:
                     raise _CannotFoldError(f"{key} of '{self.names[what][0]}' is read outside of it")
         if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
             raise _CannotFoldError(f"'{name}' has groups, whose output channels lie along two dimensions of its weight")
-        channels = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
-        if norm.num_features != channels:
-            raise _CannotFoldError(f"it has {norm.num_features} channels, and '{name}' gives {channels}")
+        if norm.num_features != _channels(layer):
+            raise _CannotFoldError(f"it has {norm.num_features} channels, and '{name}' gives {_channels(layer)}")
         if not _is_affine(layer):
             raise _CannotFoldError(f"{type(layer).__name__} '{name}' has a forward of its own, which may do more")
 

@@ -15,7 +15,8 @@ def calibrated(model, *inputs, weight_bits=4, activation_bits=4, first_last_bits
         warnings.filterwarnings("ignore", message=".*computes its weight.*")
         quantize_model(model, config)
     calibrator = Calibrator(model, config)
+    model.eval()
     with torch.no_grad(), calibrator.observe():
         model(*inputs)
     calibrator.finish()
-    return model.eval()
+    return model

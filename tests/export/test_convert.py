@@ -92,6 +92,7 @@ def test_outputs_equal_to_the_bit(kind, granularity, activation_bits):
     assert all(isinstance(h, QuantizeInputs) for h in hooks)
     assert len(hooks) == len(input_grids(model))
     assert bool(hooks) == quantizes_inputs
+    plain.load_state_dict(plain.state_dict())
     again = pickle.loads(pickle.dumps(plain))
     assert_equal(again(*inputs), plain(*inputs))
 
