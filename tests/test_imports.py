@@ -41,7 +41,9 @@ def imported(source: str) -> set[str]:
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            modules.add(node.module)
+            # a module of the package may be imported by its name, from the package that it is in
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            modules |= {name if name[len(PACKAGE) + 1 :] in FLOOR else node.module for name in names}
     return modules
 
 
@@ -80,6 +82,7 @@ def test_imports_run_one_way(path):
         ("config", "import lightning_qat_osc.callbacks"),
         ("callbacks.oscillation_tracking", "from lightning_qat_osc.callbacks.oscillation_dampening import X"),
         ("metrics", "from lightning_qat_osc import oscillation_states"),
+        ("metrics", "from lightning_qat_osc import surgery"),
     ],
 )
 def test_an_arrow_the_wrong_way_is_found(name, source):
