@@ -39,10 +39,7 @@ def _scalar(value: float, dtype: int) -> Any:
 
 
 def _quantize(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
-    integers = op.QuantizeLinear(x, _scalar(scale, ir.DataType.FLOAT), _scalar(zero_point, dtype))
-    if (quant_min, quant_max) == _range(ir.DataType(dtype)):
-        return integers  # QuantizeLinear saturates there by itself
-    return op.Clip(integers, _scalar(quant_min, dtype), _scalar(quant_max, dtype))
+    return op.QuantizeLinear(x, _scalar(scale, ir.DataType.FLOAT), _scalar(zero_point, dtype))  # saturates by itself
 
 
 def _dequantize(

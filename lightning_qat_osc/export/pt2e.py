@@ -43,8 +43,9 @@ def export_program(
     It computes what the fake-quantized model computes in evaluation mode. Weights are int8 tensors under the float
     model's keys, followed by ``quantized_decomposed.dequantize_per_channel`` (``dequantize_per_tensor`` for an
     embedding with one scale; for other layers one scale stands once for each channel, as the X86 lowering wants it).
-    Inputs pass through ``quantize_per_tensor`` and ``dequantize_per_tensor``. Those are the operators that
-    ``torchao.quantization.pt2e.lowering`` and ExecuTorch's backends recognise.
+    Inputs pass through ``quantize_per_tensor`` and ``dequantize_per_tensor``, with a ``clamp`` of the integers between
+    where their grid is narrower than 8 bits. Those are the operators that ``torchao.quantization.pt2e.lowering`` and
+    ExecuTorch's backends recognise.
 
     ``quantize_per_tensor`` multiplies by the reciprocal of the scale where training divides, so a value within a
     rounding error of the middle between two integers may come out at the other one.
@@ -134,9 +135,13 @@ class _QuantizeInputs(QuantizeInputs):
     def quantize(self, x: Tensor, grid: InputGrid) -> Tensor:
         """Quantize and dequantize."""
         lower = 128 if self.dtype == torch.int8 else 0
-        limits = grid.quant_min - lower, grid.quant_max - lower
-        arguments = grid.scale, grid.zero_point - lower, *limits, self.dtype
+        low, high = grid.quant_min - lower, grid.quant_max - lower
+        limits = torch.iinfo(self.dtype)
+        arguments = grid.scale, grid.zero_point - lower, limits.min, limits.max, self.dtype
         integers = _quantized.quantize_per_tensor(x, *arguments)
+        if (low, high) != (limits.min, limits.max):
+            # not as the limits of quantize_per_tensor: the X86 lowering forgets those where it fuses it with a layer
+            integers = integers.clamp(low, high)
         return cast(Tensor, _quantized.dequantize_per_tensor(integers, *arguments))
 
 
