@@ -164,11 +164,20 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
     return IntegerModel(plain, weights, inputs, list(arguments), folding)
 
 
+def copied(module: Module) -> Module:
+    """A deep copy, also of a module on which a forward pass has left tensors."""
+    # such an attribute (a loss, the weight of a norm) has a graph, and cannot be copied as it is
+    attributes = [t for m in module.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    copy_of_it = copy.deepcopy(module, {id(t): t.detach().clone() for t in attributes})
+    for m in copy_of_it.modules():
+        # the compiled call of a LightningModule is copied with it, and goes on calling the original
+        vars(m).pop("_compiled_call_impl", None)
+    return copy_of_it
+
+
 def without_quantizers(module: Module) -> Module:
     """A deep copy in evaluation mode in which every layer has its own class back, with its latent weights."""
-    # what a forward pass left as an attribute (a loss, the weight of a norm) has a graph, and cannot be copied as it is
-    attributes = [t for m in module.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    plain = copy.deepcopy(module, {id(t): t.detach().clone() for t in attributes}).eval()
+    plain = copied(module).eval()
     layers = set(layers_by_every_name(plain).values())
     for layer in layers:
         for child in {*layer.parameter_quantizers.values(), *layer.argument_quantizers.values()}:

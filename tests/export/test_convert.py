@@ -315,3 +315,14 @@ def test_any_layer_of_any_shape(data):
     (weight,) = integer_weights(model).values()
     assert weight.values.min() >= weight.quant_min
     assert weight.values.max() <= weight.quant_max
+
+
+def test_a_compiled_module_is_converted_and_not_called():
+    model = calibrated(ConvModule(), torch.randn(4, 1, 6, 6))
+    model.compile(backend="eager")
+    x = torch.randn(4, 1, 6, 6)
+    expected = model(x)
+    plain = convert(model)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert torch.equal(plain(x), expected)
