@@ -190,11 +190,13 @@ def _linear(product: ir.Node) -> None:
     """A linear layer with a quantized input: MatMul with transposed integers, and the bias apart.
 
     ONNX Runtime would fuse MatMul and Add to a Gemm, which it computes in floating point or with a rounded bias; not so
-    MatMul and Sum. A layer whose input is not quantized stays as it is: of a MatMul with 8-bit weights alone ONNX
-    Runtime makes one that also rounds its input to 8 bits.
+    MatMul and Sum. Where the input is not quantized, the weight passes through a Sum of one: ONNX Runtime would take a
+    kernel (MatMulNBits) that rounds the input to 8 bits by itself.
     """
     x, weight, *rest = product.inputs
     if _producer(x, "DequantizeLinear") is None:
+        if weight is not None and _is_dequantized(weight):
+            product.replace_input_with(1, _insert(product, "Sum", [weight], weight))
         return
     transpose, output = _producer(weight, "Transpose"), product.outputs[0]
     if product.op_type == "Gemm":
@@ -212,6 +214,11 @@ def _linear(product: ir.Node) -> None:
         for user in output.consumers():
             if user.op_type == "Add" and any(value is not None and value.is_initializer() for value in user.inputs):
                 user.op_type = "Sum"
+
+
+def _is_dequantized(weight: ir.Value) -> bool:
+    transpose = _producer(weight, "Transpose")
+    return _producer(weight if transpose is None else transpose.inputs[0], "DequantizeLinear") is not None
 
 
 def _transposed(product: ir.Node, weight: ir.Value) -> ir.Value:
@@ -373,10 +380,13 @@ def _name_batch(graph: ir.Graph) -> None:
         return
     (symbol,) = symbols
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
-        for i, dimension in enumerate(value.shape or ()):
-            if isinstance(dimension, ir.SymbolicDim) and dimension.value is not None:
-                assert value.shape is not None
-                value.shape[i] = dimension.value.replace(str(symbol), "batch")
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                dimension.value.replace(str(symbol), "batch")
+                if isinstance(dimension, ir.SymbolicDim) and dimension.value is not None
+                else dimension
+                for dimension in value.shape
+            )
 
 
 def _name_outputs(graph: ir.Graph, program: ExportedProgram) -> None:

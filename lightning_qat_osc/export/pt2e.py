@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -118,7 +119,9 @@ def _open_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
 
 def _trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, name: str) -> ExportedProgram:
     try:
-        return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*_flat_weights.* were assigned during export.*")  # torch's RNNs
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise RuntimeError(
             f"torch.export cannot export {name}: {error}\nWhere the batch dimension is the reason, "
