@@ -167,22 +167,28 @@ def _one_scale(dequantize: ir.Node) -> None:
 
 
 def _lower(dequantize: ir.Node) -> None:
-    """Dequantize below what moves data, next to the layer that computes."""
+    """Dequantize below what moves data or pads with 0, next to the layer that computes."""
     graph, integers = dequantize.graph, dequantize.inputs[0]
     assert graph is not None
-    while integers is not None and not integers.is_initializer():
+    while integers is not None and integers.dtype is not None and not integers.is_initializer():
         floats = dequantize.outputs[0]
-        below = floats.consumers()
-        moves = len(below) == 1 and below[0].op_type in _MOVES_DATA and len(below[0].outputs) == 1
-        if not moves or floats.is_graph_output() or len(floats.uses()) > 1:
+        if len(floats.uses()) != 1 or floats.is_graph_output():
             return
-        moved = below[0].outputs[0]
+        (below,) = floats.consumers()
+        pads = _padding(below) == 0.0
+        if not (below.op_type in _MOVES_DATA or pads) or len(below.outputs) != 1 or below.inputs[0] is not floats:
+            return
+        if pads:
+            zero_point = _content(dequantize.inputs[2])
+            assert zero_point is not None
+            below.replace_input_with(2, _integer(graph, int(zero_point), integers.dtype))
+        moved = below.outputs[0]
         moved.replace_all_uses_with(floats, replace_graph_outputs=True)
-        below[0].replace_input_with(0, integers)
+        below.replace_input_with(0, integers)
         moved.type, floats.shape = integers.type, moved.shape
         dequantize.replace_input_with(0, moved)
         graph.remove(dequantize)
-        graph.insert_after(below[0], dequantize)
+        graph.insert_after(below, dequantize)
         integers = moved
 
 
