@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from lightning_qat_osc.export.files import written_whole
+from lightning_qat_osc.export.onnx import export_onnx
 from lightning_qat_osc.export.packed import save_packed
+from lightning_qat_osc.export.pt2e import export_program
 
 __all__ = ["ExportFormat", "SUFFIXES", "export_model", "require_packages"]
 
@@ -66,10 +68,6 @@ def export_model(
         return
     if example_input is None:
         raise ValueError(f"example_input must be what the module's forward takes for '{export_format}', got None")
-    # here, because these two bring much of torch's compiler with them
-    from lightning_qat_osc.export.onnx import export_onnx
-    from lightning_qat_osc.export.pt2e import export_program
-
     with written_whole(path) as temporary:
         if export_format == "onnx":
             export_onnx(module, temporary, example_input)

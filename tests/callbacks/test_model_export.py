@@ -1,6 +1,7 @@
 """Files at the end of fit and beside best checkpoints."""
 
 import copy
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -12,7 +13,7 @@ from models import ConvModule, Data, trainer
 from torch.nn import functional as F
 
 from lightning_qat_osc import BatchNormReestimation, ModelExport, QuantizationAwareTraining, load_quantized
-from lightning_qat_osc.export import load_packed
+from lightning_qat_osc.export import convert, load_packed
 
 pytest.importorskip("safetensors")
 
@@ -200,3 +201,36 @@ def test_refused_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_qat_osc.export.formats.find_spec", lambda package: None)
     with pytest.raises(ImportError, match=r"'packed' needs safetensors: pip install \"lightning-qat-osc\[packed\]\""):
         fit(ConvModule(), ModelExport(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, for what Lightning calls
+def test_from_yaml(tmp_path, monkeypatch):
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    (tmp_path / "config.yaml").write_text(f"""
+trainer:
+  accelerator: cpu
+  max_epochs: 1
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  default_root_dir: {tmp_path}
+  callbacks:
+    - class_path: lightning_qat_osc.QuantizationAwareTraining
+      init_args: {{weight_bits: 3, activation_bits: null}}
+    - class_path: lightning_qat_osc.ModelExport
+      init_args: {{formats: [packed, torch], when: best}}
+    - class_path: lightning_qat_osc.ModelExport
+      init_args: {{dirpath: {tmp_path}/end, network: point}}
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{dirpath: {tmp_path}, filename: best, monitor: val_loss}}
+""")
+    monkeypatch.setattr(sys, "argv", ["fit.py", "fit", "--config", str(tmp_path / "config.yaml")])
+    cli = LightningCLI(ConvModule, Data, save_config_callback=None, seed_everything_default=0)
+    assert sorted(path.name for path in tmp_path.glob("best*")) == ["best.ckpt", "best.pt2", "best.safetensors"]
+    module = cli.model.eval()
+    assert torch.equal(load_packed(tmp_path / "best.safetensors", ConvModule())(X), module(X))
+    assert torch.equal(
+        load_packed(tmp_path / "end" / "model.safetensors", ConvModule().point).weight, convert(module.point).weight
+    )
