@@ -221,8 +221,7 @@ class _Graphs:
             _CannotFoldError: If there is none, or it cannot be.
         """
         if norm not in self._calls:
-            untraced = "".join(f"; {name or 'the model'} cannot be traced: {e}" for name, e in self._untraced.items())
-            raise _CannotFoldError(f"no traced forward calls it{untraced}")
+            raise _CannotFoldError(f"no traced forward calls it{self._why_untraced(self.names[norm][0])}")
         if self._counts[norm] > 1:
             raise _CannotFoldError("it is called more than once")
         traced, call = self._calls[norm]
@@ -241,6 +240,15 @@ class _Graphs:
         name = self.names[layer][0]
         self._check(name, layer, norm, traced, source)
         return name, layer
+
+    def _why_untraced(self, name: str) -> str:
+        """Why the module that holds another cannot be traced; nothing if it can."""
+        while name:
+            name = name.rpartition(".")[0]
+            if name in self._untraced:
+                holder = f"'{name}'" if name else "the model"
+                return f"; {holder} cannot be traced: {self._untraced[name]}"
+        return ""
 
     def _is_nothing(self, traced: nn.Module, source: object) -> bool:
         if not _calls_module(source):

@@ -285,3 +285,22 @@ def test_below_a_module_that_cannot_be_traced():
         pytest.warns(UserWarning, match="'body.0' has several"),
     ):
         convert(aliased, fold_batch_norm=True)
+
+
+class Padding(nn.Module):
+    """Pads by what it computes from its input's shape, as ports of TensorFlow's networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, bias=False)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(self.conv(F.pad(x, [int(x.shape[-1]) % 2 + 1] * 4)))
+
+
+def test_the_nearest_module_that_cannot_be_traced_is_named():
+    model = calibrated(nn.Sequential(Padding(), nn.Sequential(Padding())), torch.randn(4, 3, 5, 5))
+    kept = integer_model(model, fold_batch_norm=True).folding.kept
+    assert set(kept) == {"0.norm", "1.0.norm"}
+    assert kept["1.0.norm"].startswith("no traced forward calls it; '1.0' cannot be traced: TypeError: int() argument")
