@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from lightning_qat_osc.export.integers import IntegerWeight, qualified
 from lightning_qat_osc.layers import layer_kind
 
-__all__ = ["Folding", "fold_batch_norm", "remove_batch_norm"]
+__all__ = ["CannotFoldError", "Folding", "fold_batch_norm", "remove_batch_norm", "scaled_channels"]
 
 _FUNCTIONS = {
     nn.Conv1d: F.conv1d,
@@ -34,7 +34,7 @@ _Foldable = _ConvNd | nn.Linear
 _NOTHING_IN_EVALUATION = (nn.Identity, _DropoutNd)
 
 
-class _CannotFoldError(Exception):
+class CannotFoldError(Exception):
     """Why a batch norm stays."""
 
 
@@ -89,10 +89,10 @@ def fold_batch_norm(
             keys = [qualified(other, "weight") for other in graphs.names[layer]]
             axis = 1 if isinstance(layer, _ConvTransposeNd) else 0
             if keys[0] in weights:
-                weights.update(dict.fromkeys(keys, _scaled(weights[keys[0]], factor, axis)))
+                weights.update(dict.fromkeys(keys, scaled_channels(weights[keys[0]], factor, axis)))
             else:
                 layer.weight.copy_(layer.weight.double() * factor.view(_channels_at(axis, layer.weight.dim())))
-        except _CannotFoldError as reason:
+        except CannotFoldError as reason:
             folding.kept[name] = str(reason)
             continue
         remove_batch_norm(module, name, layer_name)
@@ -129,12 +129,21 @@ def _affine(layer: _Foldable, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
     bias = bias * factor if norm.bias is None else norm.bias.double() + bias * factor
     if not bool((factor.isfinite() & bias.isfinite()).all()):
-        raise _CannotFoldError("its statistics or parameters are not finite")
+        raise CannotFoldError("its statistics or parameters are not finite")
     return factor, bias
 
 
-def _scaled(weight: IntegerWeight, factor: Tensor, axis: int) -> IntegerWeight:
-    """An integer weight times a factor for each index of an axis."""
+def scaled_channels(weight: IntegerWeight, factor: Tensor, axis: int) -> IntegerWeight:
+    """An integer weight times a factor for each channel: the factors go into the scales, their signs to the integers.
+
+    Args:
+        weight: The weight, with one scale or one for each channel.
+        factor: The factors, [C], in double precision.
+        axis: The weight's dimension of channels.
+
+    Raises:
+        CannotFoldError: If a factor is negative where an integer has no opposite on the grid.
+    """
     shape = _channels_at(axis, weight.values.dim())
     scale = weight.scale.double().broadcast_to([len(factor) if size == -1 else 1 for size in shape])
     scaled = (scale * factor.abs().view(shape)).to(weight.scale.dtype)
@@ -144,7 +153,7 @@ def _scaled(weight: IntegerWeight, factor: Tensor, axis: int) -> IntegerWeight:
     outside = (integers > weight.quant_max).movedim(axis, 0).flatten(1).any(dim=1)
     if bool(outside.any()):
         channel = int(outside.nonzero()[0])
-        raise _CannotFoldError(
+        raise CannotFoldError(
             f"channel {channel} has a negative gamma and a weight at {weight.quant_min}, and the grid has no "
             f"{-weight.quant_min}"
         )
@@ -218,17 +227,17 @@ class _Graphs:
         """The layer that a batch norm can be folded into.
 
         Raises:
-            _CannotFoldError: If there is none, or it cannot be.
+            CannotFoldError: If there is none, or it cannot be.
         """
         if norm not in self._calls:
-            raise _CannotFoldError(f"no traced forward calls it{self._why_untraced(self.names[norm][0])}")
+            raise CannotFoldError(f"no traced forward calls it{self._why_untraced(self.names[norm][0])}")
         if self._counts[norm] > 1:
-            raise _CannotFoldError("it is called more than once")
+            raise CannotFoldError("it is called more than once")
         traced, call = self._calls[norm]
         if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-            raise _CannotFoldError(f"{type(norm).__name__} has a forward of its own")
+            raise CannotFoldError(f"{type(norm).__name__} has a forward of its own")
         if norm.running_mean is None or norm.running_var is None:
-            raise _CannotFoldError("it has no running statistics")
+            raise CannotFoldError("it has no running statistics")
         source = call.args[0] if call.args else call.kwargs["input"]
         while self._is_nothing(traced, source):
             source = source.args[0]  # type: ignore[union-attr]
@@ -236,7 +245,7 @@ class _Graphs:
         layer = traced.get_submodule(str(source.target)) if _calls_module(source) else None
         if not isinstance(layer, _Foldable):
             before = type(layer).__name__ if layer is not None else source.name
-            raise _CannotFoldError(f"what comes before it is no convolution and no linear layer, but {before}")
+            raise CannotFoldError(f"what comes before it is no convolution and no linear layer, but {before}")
         name = self.names[layer][0]
         self._check(name, layer, norm, traced, source)
         return name, layer
@@ -259,28 +268,28 @@ class _Graphs:
 
     def _check(self, name: str, layer: _Foldable, norm: _BatchNorm, traced: nn.Module, source: fx.Node) -> None:
         if len(source.users) > 1:
-            raise _CannotFoldError(f"the output of '{name}' is used elsewhere, too")
+            raise CannotFoldError(f"the output of '{name}' is used elsewhere, too")
         if self._counts[layer] > 1:
-            raise _CannotFoldError(f"'{name}' is called more than once")
+            raise CannotFoldError(f"'{name}' is called more than once")
         for what in (layer, norm):
             if traced is not self._root and len(self.names[what]) > 1:
-                raise _CannotFoldError(f"'{self.names[what][0]}' has several names, and may be called by each")
+                raise CannotFoldError(f"'{self.names[what][0]}' has several names, and may be called by each")
             own = [p for p in what._parameters.values() if p is not None]
             if any(self._holders[id(p)] > 1 for p in own):
-                raise _CannotFoldError(f"'{self.names[what][0]}' shares a parameter with another module")
+                raise CannotFoldError(f"'{self.names[what][0]}' shares a parameter with another module")
         if _has_hooks(norm) or layer._forward_hooks:
-            raise _CannotFoldError(f"there are forward hooks on it or on '{name}'")
+            raise CannotFoldError(f"there are forward hooks on it or on '{name}'")
         read = {str(node.target) for node in source.graph.nodes if node.op == "get_attr"}
         for what in (layer, norm):
             for key in (*what._parameters, *what._buffers):
                 if any(qualified(self._within(traced, what), key) == attribute for attribute in read):
-                    raise _CannotFoldError(f"{key} of '{self.names[what][0]}' is read outside of it")
+                    raise CannotFoldError(f"{key} of '{self.names[what][0]}' is read outside of it")
         if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
-            raise _CannotFoldError(f"'{name}' has groups, whose output channels lie along two dimensions of its weight")
+            raise CannotFoldError(f"'{name}' has groups, whose output channels lie along two dimensions of its weight")
         if norm.num_features != _channels(layer):
-            raise _CannotFoldError(f"it has {norm.num_features} channels, and '{name}' gives {_channels(layer)}")
+            raise CannotFoldError(f"it has {norm.num_features} channels, and '{name}' gives {_channels(layer)}")
         if not _is_affine(layer):
-            raise _CannotFoldError(f"{type(layer).__name__} '{name}' has a forward of its own, which may do more")
+            raise CannotFoldError(f"{type(layer).__name__} '{name}' has a forward of its own, which may do more")
 
     @staticmethod
     def _within(traced: nn.Module, what: nn.Module) -> str:

@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from lightning_qat_osc.export.convert import QuantizeInputs, integer_model
-from lightning_qat_osc.export.folding import _CannotFoldError, _scaled
+from lightning_qat_osc.export.folding import CannotFoldError, scaled_channels
 from lightning_qat_osc.export.integers import InputGrid, IntegerWeight
 
 __all__ = ["export_program"]
@@ -188,8 +188,8 @@ def _folded(
         assert variance is not None
         factor = (variance + epsilon).rsqrt() * (1.0 if gamma is None else gamma)
         try:
-            weights[weight.target] = _scaled(weights[weight.target], factor, axis)
-        except _CannotFoldError:
+            weights[weight.target] = scaled_channels(weights[weight.target], factor, axis)
+        except CannotFoldError:
             continue
         shift = -mean if bias is None else constants[bias.target].double() - mean
         name = weight.target.removesuffix("weight") + "bias"
