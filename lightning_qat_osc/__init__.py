@@ -7,6 +7,7 @@ from lightning_qat_osc.batch_norm import batch_norm_divergence, reestimate_batch
 from lightning_qat_osc.callbacks import (
     BatchNormReestimation,
     IterativeFreezing,
+    ModelExport,
     OscillationDampening,
     OscillationTracking,
     QuantizationAwareTraining,
@@ -30,6 +31,7 @@ __all__ = [
     "FrozenShare",
     "IterativeFreezing",
     "LayerRule",
+    "ModelExport",
     "OscillatingShare",
     "OscillationDampening",
     "OscillationFrequency",

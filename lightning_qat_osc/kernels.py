@@ -13,8 +13,9 @@ from torch import Tensor
 __all__ = ["SMALL", "compiled", "in_one_order", "memory", "why_nothing_compiles"]
 
 SMALL = 2**15
-"""Elements up to which a compiled kernel is not worth its call; if the first it sees were so few, it would be made for one
-thread."""
+"""Elements up to which a compiled kernel is not worth its call.
+
+It would also be made for one thread, if tensors so small were the first that it sees."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

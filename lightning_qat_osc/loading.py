@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -72,6 +74,8 @@ def load_quantized(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found keys that are.*")
         load = cast(Any, module_class).load_from_checkpoint
+        if "weights_only" in signature(load).parameters:  # Lightning 2.5 has no such argument
+            load = partial(load, weights_only=weights_only)
         module: Module = load(checkpoint_path, map_location=map_location, strict=False, **kwargs)
         warnings.filterwarnings("ignore", message=".*full precision.*")  # training has told
         quantize_model(module, config)

@@ -83,6 +83,7 @@ def test_callbacks_on_the_command_line(tmp_path):
         ("OscillationDampening", {"final_weight": "Lambda at the end", "aggregation": "Over a layer's weights"}),
         ("IterativeFreezing", {"threshold": "Frequency above which", "final_threshold": "Threshold at the end"}),
         ("BatchNormReestimation", {"num_batches": "Training batches to estimate", "forward_fn": "Runs the network"}),
+        ("ModelExport", {"formats": "safetensors with b bits", "network": "Name of the submodule to export"}),
     ],
 )
 def test_help_shows_every_argument_with_its_documentation(callback, arguments, tmp_path):

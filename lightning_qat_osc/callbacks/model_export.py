@@ -1,0 +1,207 @@
+"""ModelExport: integers at the end of fit, or beside each best checkpoint."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from lightning_qat_osc.callbacks._oscillation import require_quantization
+from lightning_qat_osc.config import check_choice
+from lightning_qat_osc.export.convert import copied
+from lightning_qat_osc.export.formats import SUFFIXES, ExportFormat, export_model, require_packages
+
+__all__ = ["ModelExport"]
+
+When = Literal["fit_end", "best"]
+
+
+class ModelExport(pl.Callback):
+    """Exports the quantized model: at the end of fit, or beside each best checkpoint of the Trainer's ModelCheckpoint.
+
+    Files are made on the CPU, on rank zero, from a copy of the model: ``model.safetensors``, ``model.onnx`` and
+    ``model.pt2`` in ``dirpath``; or, beside ``epoch=3-step=40.ckpt``, ``epoch=3-step=40.safetensors`` and so on, made
+    from that checkpoint, and removed when ModelCheckpoint has removed it. "onnx" and "torch" need an example input:
+    the module's ``example_input_array``, or else what its forward was last called with during the first training batch.
+    An export beside a checkpoint that fails is a warning, and training goes on; one at the end of fit raises.
+
+    A run with ``fast_dev_run`` exports nothing.
+
+    Args:
+        formats: "packed" (safetensors with b bits a weight, for ``lightning_qat_osc.export.load_packed``), "onnx" (ONNX
+            with QuantizeLinear and DequantizeLinear) and "torch" (a ``torch.export`` program with integer weights).
+        when: "fit_end", or "best".
+        dirpath: Folder for the files at the end of fit; the Trainer's ``default_root_dir`` if None.
+        network: Name of the submodule to export, such as "network", where the module's own ``forward`` is not what is
+            to be deployed. None: the whole module.
+
+    Raises:
+        ValueError: If a choice is unknown, there are no formats, or ``dirpath`` is given with "best".
+    """
+
+    def __init__(
+        self,
+        formats: Sequence[ExportFormat] = ("packed",),
+        *,
+        when: When = "fit_end",
+        dirpath: str | None = None,
+        network: str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(formats, str) or not formats:
+            raise ValueError(f"formats must be a list of at least one of {', '.join(SUFFIXES)}, got {formats!r}")
+        for export_format in formats:
+            check_choice("formats", export_format, ExportFormat)
+        check_choice("when", when, When)
+        if dirpath is not None and when == "best":
+            raise ValueError(
+                f"dirpath must be None with when='best', whose files are beside checkpoints, got {dirpath!r}"
+            )
+        self.formats: tuple[ExportFormat, ...] = tuple(formats)
+        self._need_input = set(self.formats) != {"packed"}
+        self.when = when
+        self.dirpath = dirpath
+        self.network = network
+        self._example_input: Any = None
+        self._capturing: RemovableHandle | None = None
+        self._exported: tuple[str, int] | None = None  # path of a checkpoint, and when it was written
+        self._files: dict[str, list[Path]] = {}  # path of a checkpoint -> what was exported beside it
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what would fail after hours of training."""
+        if stage != "fit":
+            return
+        require_quantization(trainer, self)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                "ModelExport cannot export a model whose weights are sharded over processes: consolidate its "
+                "checkpoint, and use the command `lightning-qat-osc export`."
+            )
+        if self.when == "best" and trainer.checkpoint_callback is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "ModelExport(when='best') needs the Trainer's ModelCheckpoint: add one, or use when='fit_end'."
+            )
+        for export_format in self.formats:
+            require_packages(export_format)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the network, and what it may already have been exported as."""
+        self._network(pl_module)
+        self._exported = self._best(trainer)
+        self._example_input = None
+        if self.network is None:
+            self._example_input = pl_module.example_input_array
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Export the best checkpoint, if it is a new one; watch the first batch for an example input."""
+        self._export_best(trainer, pl_module)
+        wanted = self._example_input is None and self._need_input
+        if wanted and self._capturing is None and trainer.is_global_zero:
+            network = self._network(pl_module)
+            capture = torch.compiler.disable(self._capture)  # type: ignore[no-untyped-call]
+            self._capturing = network.register_forward_pre_hook(capture, with_kwargs=True)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop watching."""
+        self._stop_capturing()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export the best checkpoint, if it is a new one."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._export_best(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export the model as it is now, or the last best checkpoint."""
+        if self.when == "best":
+            self._export_best(trainer, pl_module)
+        elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder = Path(self.dirpath or trainer.default_root_dir)
+            self._export(copied(self._network(pl_module)), folder / "model")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the network."""
+        self._stop_capturing()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of the network."""
+        self._stop_capturing()
+
+    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
+        try:
+            return pl_module if self.network is None else pl_module.get_submodule(self.network)
+        except AttributeError as error:
+            raise MisconfigurationException(
+                f"network must name a submodule of {type(pl_module).__name__}, got {self.network!r}: {error}"
+            ) from error
+
+    def _capture(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # DDP runs training_step in the place of forward, which it puts back before the step calls it
+        if getattr(network.forward, "__func__", None) is not type(network).forward:
+            return
+        inputs: Any = args
+        if kwargs:
+            inputs = dict(inspect.signature(network.forward).bind(*args, **kwargs).arguments) if args else kwargs
+        self._example_input = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu().clone(), inputs)
+
+    def _stop_capturing(self) -> None:
+        if self._capturing is not None:
+            self._capturing.remove()
+            self._capturing = None
+
+    def _best(self, trainer: pl.Trainer) -> tuple[str, int] | None:
+        """Path and time of the best checkpoint, if there is one by now."""
+        checkpoint = trainer.checkpoint_callback
+        if self.when != "best" or not isinstance(checkpoint, ModelCheckpoint) or not checkpoint.best_model_path:
+            return None
+        path = Path(checkpoint.best_model_path)
+        return (str(path), path.stat().st_mtime_ns) if path.is_file() else None
+
+    def _export_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export the best checkpoint, if it is a new one, and remove what belonged to removed ones."""
+        if not trainer.is_global_zero:
+            return
+        best = self._best(trainer)
+        if best is None or best == self._exported:
+            return
+        self._exported = best
+        for path in [path for path in self._files if not Path(path).exists()]:
+            for file in self._files.pop(path):
+                file.unlink(missing_ok=True)
+        try:
+            module = copied(pl_module)
+            # the file, not the model: that may have moved on, and an averaged one is not in it now
+            module.load_state_dict(torch.load(best[0], map_location="cpu", weights_only=True)["state_dict"])
+            self._files[best[0]] = self._export(self._network(module), Path(best[0]).with_suffix(""))
+        except Exception as error:  # an export is no reason to lose the training
+            rank_zero_warn(f"{best[0]} was not exported: {type(error).__name__}: {error}")
+
+    def _export(self, network: nn.Module, path: Path) -> list[Path]:
+        """Export a copy of the network."""
+        network.cpu()
+        if self._example_input is None and self._need_input:
+            name = type(network).__name__ if self.network is None else f"'{self.network}'"
+            raise MisconfigurationException(
+                f"the forward of {name} was not called in the first training batch, so there is no example input to "
+                "export it with: give ModelExport the name of the submodule that is, as network, or set the module's "
+                "example_input_array."
+            )
+        files = [path.with_name(path.name + SUFFIXES[export_format]) for export_format in self.formats]
+        for export_format, file in zip(self.formats, files):
+            export_model(network, file, export_format, self._example_input)
+            rank_zero_info(f"Exported {file}")
+        return files

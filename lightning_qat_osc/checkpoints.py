@@ -1,0 +1,260 @@
+"""What a checkpoint says of its quantized weights, without the class of the module that it is of."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_qat_osc.config import LayerRule, QuantConfig
+from lightning_qat_osc.functional import fake_quantize
+from lightning_qat_osc.lookup import weight_name
+from lightning_qat_osc.metrics import SQNR, FrozenShare, OscillatingShare
+from lightning_qat_osc.oscillation import OscillationState
+
+__all__ = ["CheckpointWeight", "config_of_state", "format_weights", "inspect_checkpoint", "read_checkpoint"]
+
+_GRID = re.compile(r"(?:(?P<layer>.*)\.)?(?P<name>\w+)_quantizer\.grid$")
+
+
+@dataclass(frozen=True)
+class CheckpointWeight:
+    """One weight of a checkpoint.
+
+    Attributes:
+        name: Its layer; where the layer has several, ``layer.parameter``.
+        shape: Its shape; empty where the checkpoint does not hold it, because its layer computes it from others.
+        bits: Its width, None for full precision.
+        scale: Its scale, the mean of the scales per channel; None for full precision.
+        activation_bits: Width of each of the layer's inputs, None for full precision.
+        oscillating: Share of the weights with a frequency above 0.005, None where they were not tracked.
+        frozen: Share of the weights that are frozen, None where they were not tracked.
+        sqnr: Signal-to-quantization-noise ratio in dB, None where there is nothing to compare.
+        float_bytes: Size in floating point.
+        packed_bytes: Size at its bits, with its scales.
+    """
+
+    name: str
+    shape: list[int]
+    bits: int | None
+    scale: float | None
+    activation_bits: list[int | None]
+    oscillating: float | None
+    frozen: float | None
+    sqnr: float | None
+    float_bytes: int
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """A quantizer in a state_dict: key without ``.grid``, what it quantizes and how."""
+
+    key: str
+    layer: str
+    name: str
+    bits: int | None
+    quant_min: int
+    quant_max: int
+    calibrated: bool
+    is_weight: bool
+
+
+def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A checkpoint of a quantized module, and the state_dict in it, on the CPU.
+
+    Args:
+        path: A checkpoint of Lightning, or a saved state_dict.
+
+    Raises:
+        ValueError: If it has no quantizers.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    state = checkpoint.get("state_dict", checkpoint)
+    if not any(_GRID.match(key) for key in state):
+        raise ValueError(f"{fspath(path)} must be a checkpoint of a quantized module, and it has no quantizers")
+    return checkpoint, state
+
+
+def _grids(state: Mapping[str, Tensor]) -> Iterator[_Grid]:
+    for key, grid in state.items():
+        if match := _GRID.match(key):
+            layer, name = match["layer"] or "", match["name"]
+            bits, quant_min, quant_max, _, calibrated = (round(value) for value in grid.tolist())
+            yield _Grid(
+                key=key.removesuffix(".grid"),
+                layer=layer,
+                name=name,
+                bits=bits or None,
+                quant_min=quant_min,
+                quant_max=quant_max,
+                calibrated=bool(calibrated),
+                is_weight="weight" in name,
+            )
+
+
+def inspect_checkpoint(path: str | PathLike[str]) -> list[CheckpointWeight]:
+    """The weights of the quantized layers of a checkpoint, in the order of its layers; shared ones once.
+
+    Args:
+        path: A checkpoint of Lightning, from the end of training or the middle, or a saved state_dict.
+
+    Returns:
+        One line for each weight, and for each layer of which only inputs are quantized.
+
+    Raises:
+        ValueError: If the checkpoint has no quantizers.
+    """
+    return inspect_state(read_checkpoint(path)[1])
+
+
+def inspect_state(state: Mapping[str, Tensor]) -> list[CheckpointWeight]:
+    """:func:`inspect_checkpoint` of a state_dict that is read already."""
+    layers: dict[str, list[_Grid]] = {}
+    for grid in _grids(state):
+        layers.setdefault(grid.layer, []).append(grid)
+    lines, seen = [], set()
+    for layer, grids in layers.items():
+        activation_bits = [grid.bits if grid.calibrated else None for grid in grids if not grid.is_weight]
+        of_weights: list[_Grid | None] = [grid for grid in grids if grid.is_weight]
+        for of_weight in of_weights or [None]:
+            parameter = "weight" if of_weight is None else of_weight.name
+            weight = state.get(f"{layer}.{parameter}" if layer else parameter)
+            if weight is None or weight.data_ptr() not in seen:
+                lines.append(_line(weight_name(layer, parameter), weight, of_weight, activation_bits, state))
+            if weight is not None:
+                seen.add(weight.data_ptr())
+    return lines
+
+
+def _line(
+    name: str,
+    weight: Tensor | None,
+    grid: _Grid | None,
+    activation_bits: list[int | None],
+    state: Mapping[str, Tensor],
+) -> CheckpointWeight:
+    bits = scale = sqnr = oscillating = frozen = None
+    float_bytes = 0 if weight is None else weight.nbytes
+    packed_bytes = float_bytes
+    if grid is not None and grid.calibrated and grid.bits is not None:
+        bits, scales = grid.bits, state[f"{grid.key}.scale"]
+        scale = scales.mean().item()
+        if weight is not None:
+            noise = SQNR()
+            noise.update(weight, fake_quantize(weight, scales, grid.quant_min, grid.quant_max))
+            sqnr = noise.compute().item()
+            packed_bytes = -(-weight.numel() * bits // 8) + scales.nbytes
+        history = _history(grid, state)
+        if history is not None:
+            oscillating, frozen = (_share(metric, name, history) for metric in (OscillatingShare, FrozenShare))
+    shape = [] if weight is None else list(weight.shape)
+    return CheckpointWeight(
+        name, shape, bits, scale, activation_bits, oscillating, frozen, sqnr, float_bytes, packed_bytes
+    )
+
+
+def _history(grid: _Grid, state: Mapping[str, Tensor]) -> OscillationState | None:
+    prefix = f"{grid.key}.oscillation."
+    saved = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not saved:
+        return None
+    history = OscillationState(saved["weight_int"])
+    history.load_state_dict(saved)
+    return history
+
+
+def _share(metric: type[OscillatingShare] | type[FrozenShare], name: str, history: OscillationState) -> float:
+    share = metric([name])
+    share.update({name: history})
+    return share.compute()[""].item()
+
+
+def format_weights(weights: list[CheckpointWeight]) -> str:
+    """The weights of a checkpoint as a table for people, with the sizes of all of them in the last line."""
+
+    def text(value: float | None, form: str = "", none: str = "") -> str:
+        return none if value is None else format(value, form)
+
+    rows: list[tuple[str, ...]] = []
+    rows.append(
+        ("layer", "weight", "W bits", "W scale", "A bits", "oscillating", "frozen", "SQNR dB", "float", "packed")
+    )
+    for w in weights:
+        rows.append(
+            (
+                w.name,
+                "x".join(map(str, w.shape)),
+                text(w.bits, none="full"),
+                text(w.scale, ".3g"),
+                "/".join(text(bits, none="full") for bits in w.activation_bits),
+                text(w.oscillating, ".2%"),
+                text(w.frozen, ".2%"),
+                text(w.sqnr, ".1f"),
+                _size(w.float_bytes),
+                _size(w.packed_bytes),
+            )
+        )
+    total, packed = sum(w.float_bytes for w in weights), sum(w.packed_bytes for w in weights)
+    rows.append(("total", *[""] * 7, _size(total), _size(packed)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def _size(octets: int) -> str:
+    return f"{octets} B" if octets < 1000 else f"{octets / 1000:.1f} kB" if octets < 10**6 else f"{octets / 1e6:.1f} MB"
+
+
+def config_of_state(state: Mapping[str, Tensor]) -> QuantConfig:
+    """A configuration under which a module gets the quantizers that a state_dict has.
+
+    For checkpoints that do not say how they were configured, such as those saved with ``save_weights_only=True``. Each
+    layer has a rule of its own.
+
+    Args:
+        state: The state_dict of a quantized module.
+    """
+    layers: dict[str, dict[str, int]] = {}
+    per_channel, aliases = False, _aliases(state)
+    for grid in _grids(state):
+        scale = state[f"{grid.key}.scale"]
+        per_channel |= grid.is_weight and (scale.dim() > 1 or scale.numel() > 1)
+        if grid.layer not in aliases:
+            layers.setdefault(grid.layer, {})["weight_bits" if grid.is_weight else "activation_bits"] = grid.bits or 8
+    rules = tuple(
+        LayerRule(
+            pattern=glob.escape(layer),
+            weight_bits=bits.get("weight_bits"),
+            activation_bits=bits.get("activation_bits"),
+        )
+        for layer, bits in layers.items()
+    )
+    return QuantConfig(
+        weight_bits=None,
+        activation_bits=None,
+        first_last_bits=None,
+        weight_granularity="per_channel" if per_channel else "per_tensor",
+        rules=rules,
+    )
+
+
+def _aliases(state: Mapping[str, Tensor]) -> set[str]:
+    """Second names of layers: all that is under them is also under the first.
+
+    Not where that is a weight alone, which two embeddings may share.
+    """
+    found: dict[frozenset[int], str] = {}
+    aliases = set()
+    for layer in dict.fromkeys(grid.layer for grid in _grids(state)):
+        prefix = f"{layer}." if layer else ""
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        first = found.setdefault(frozenset(value.data_ptr() for value in own.values()), layer)
+        if first != layer and any(not key.startswith("weight") for key in own):
+            aliases.add(layer)
+    return aliases

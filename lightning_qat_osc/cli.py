@@ -1,0 +1,210 @@
+"""The command ``lightning-qat-osc``: look into a checkpoint, export it, and compare what came out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_qat_osc.checkpoints import config_of_state, format_weights, inspect_state, read_checkpoint
+from lightning_qat_osc.export.comparison import OUTPUT, Difference, difference, float_model, layer_outputs
+from lightning_qat_osc.export.convert import convert
+from lightning_qat_osc.export.formats import SUFFIXES, ExportFormat, export_model
+from lightning_qat_osc.export.packed import load_packed
+from lightning_qat_osc.loading import load_quantized
+from lightning_qat_osc.lookup import quantized_layers
+
+__all__ = ["main"]
+
+_SHOWN = 8  # values of an output
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Those of the command line, without the program's name; ``sys.argv``'s if None.
+
+    Returns:
+        0, or 1 after an error, which is told on standard error.
+    """
+    options = _parser().parse_args(arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # where the user's modules are, as for `python -m`
+    try:
+        options.run(options)
+    except (ValueError, TypeError, RuntimeError, ImportError, AttributeError, OSError, UnpicklingError) as error:
+        _say(f"lightning-qat-osc {options.command}: {error}", sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-qat-osc", description="Look into a checkpoint, export it, and compare what came out."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    inspect = commands.add_parser("inspect", help="the quantized layers of a checkpoint, without the module's class")
+    inspect.add_argument("checkpoint", type=Path, help="a checkpoint, from the end of training or the middle")
+    inspect.set_defaults(run=_inspect)
+
+    export = commands.add_parser("export", help="a checkpoint as ONNX, packed integers or a torch.export program")
+    _add_module(export)
+    export.add_argument("--to", choices=get_args(ExportFormat), required=True, help="the format")
+    export.add_argument("--output", type=Path, help="the file; beside the checkpoint if not given")
+    export.add_argument(
+        "--input",
+        type=Path,
+        help="what forward takes, for onnx and torch: .npy or .pt with a tensor, .pt with a tuple of arguments, .npz "
+        "or .pt with a dictionary of keyword arguments; the module's example_input_array if not given",
+    )
+    export.set_defaults(run=_export)
+
+    compare = commands.add_parser("compare", help="float, fake-quantized and exported outputs, layer by layer")
+    _add_module(compare)
+    compare.add_argument("--data", type=Path, required=True, help="what forward takes, as export's --input")
+    compare.add_argument(
+        "--exported", type=Path, help="a file of export; the converted model if not given. Of .onnx and .pt2 files, "
+        "which have no layers, the outputs alone are compared"
+    )  # fmt: skip
+    compare.set_defaults(run=_compare)
+    return parser
+
+
+def _add_module(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, from the end of training or the middle")
+    parser.add_argument("--module", required=True, help="import path of the LightningModule's class")
+    parser.add_argument(
+        "--module-args", type=json.loads, default={}, metavar="JSON",
+        help="arguments of the class that are not among the checkpoint's hyperparameters",
+    )  # fmt: skip
+    parser.add_argument("--network", help="name of the submodule to take, where it is not the whole module")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    checkpoint, state = read_checkpoint(options.checkpoint)
+    if "global_step" in checkpoint:
+        _say(f"epoch {checkpoint['epoch']}, optimizer step {checkpoint['global_step']}")
+    _say(format_weights(inspect_state(state)))
+
+
+def _export(options: argparse.Namespace) -> None:
+    module, network = _load(options)
+    example_input = getattr(module, "example_input_array", None) if network is module else None
+    if options.input is not None:
+        example_input = _read_arguments(options.input)
+    if example_input is None and options.to != "packed":
+        raise ValueError(f"--input must be given for '{options.to}': the module has no example_input_array")
+    output = options.output or options.checkpoint.with_suffix(SUFFIXES[options.to])
+    export_model(network, output, options.to, example_input)
+    _say(f"{output}: {output.stat().st_size} bytes")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    _, network = _load(options)
+    data = _read_arguments(options.data)
+    args, kwargs = (data, {}) if isinstance(data, tuple) else ((), data) if isinstance(data, dict) else ((data,), {})
+    layers = list(quantized_layers(network))
+    in_float = layer_outputs(float_model(network), layers, args, kwargs)
+    quantized = layer_outputs(network, layers, args, kwargs)
+    exported = _exported_outputs(options, network, layers, args, kwargs)
+    rows = [("layer", "float to quantized, dB", "quantized to exported, dB", "largest difference", "")]
+    parted = False
+    for name in quantized:
+        of_quantization = difference(in_float[name], quantized[name])
+        of_export = difference(quantized[name], exported[name]) if name in exported else None
+        parts = of_export is not None and of_export.largest != 0.0
+        rows.append((name, f"{of_quantization.sqnr:.1f}", *_texts(of_export), "parts here" if parts > parted else ""))
+        parted |= parts
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    _say("\nThe first values of the output:")
+    for name, outputs in (("float", in_float), ("quantized", quantized), ("exported", exported)):
+        values = outputs[OUTPUT][0].flatten()[:_SHOWN].tolist()
+        _say(f"{name:10}" + " ".join(f"{value:12.6g}" for value in values))
+
+
+def _texts(found: Difference | None) -> tuple[str, str]:
+    return ("", "") if found is None else (f"{found.sqnr:.1f}", f"{found.largest:.3g}")
+
+
+def _load(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
+    """The quantized module of a checkpoint in evaluation mode, and the part of it that is asked for."""
+    checkpoint, state = read_checkpoint(options.checkpoint)
+    says = any("scale_updates" in saved for saved in checkpoint.get("callbacks", {}).values())
+    module = load_quantized(
+        _class(options.module),
+        options.checkpoint,
+        None if says else config_of_state(state),
+        map_location="cpu",
+        **options.module_args,
+    ).eval()
+    return module, module if options.network is None else module.get_submodule(options.network)
+
+
+def _class(path: str) -> type[nn.Module]:
+    package, _, name = path.replace(":", ".").rpartition(".")
+    found = getattr(import_module(package), name, None) if package else None
+    if not isinstance(found, type) or not issubclass(found, nn.Module):
+        raise ValueError(f"--module must be the import path of a LightningModule's class, got {path}")
+    return found
+
+
+def _read_arguments(path: Path) -> Any:
+    """What a file says that forward takes: one argument, a tuple of them, or a dictionary of keyword arguments."""
+    if path.suffix in (".npy", ".npz"):
+        found = np.load(path, allow_pickle=False)
+        if path.suffix == ".npy":
+            return torch.from_numpy(found)
+        return {name: torch.from_numpy(found[name]) for name in found.files}
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    return tuple(found) if isinstance(found, list) else found
+
+
+def _exported_outputs(
+    options: argparse.Namespace, network: nn.Module, layers: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, list[Tensor]]:
+    path: Path | None = options.exported
+    if path is None:
+        return layer_outputs(convert(network), layers, args, kwargs)
+    if path.suffix == ".onnx":
+        return {OUTPUT: _run_onnx(path, args, kwargs)}
+    if path.suffix == ".pt2":
+        import torch.ao.quantization.fx._decomposed  # registers the operators of the program
+
+        return layer_outputs(torch.export.load(path).module(), [], args, kwargs)
+    loaded = load_packed(path, network)
+    return layer_outputs(loaded, layers, args, kwargs)
+
+
+def _run_onnx(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError('comparing with ONNX needs onnxruntime: pip install "lightning-qat-osc[onnx]"') from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    tensors = [x.numpy() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    inputs = {given.name: x for given, x in zip(session.get_inputs(), tensors)}
+    outputs = [torch.from_numpy(x) for x in session.run(None, inputs)]
+    return [x for x in outputs if x.is_floating_point()]
+
+
+def _say(text: str, file: Any = None) -> None:
+    (file or sys.stdout).write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""Batch norm folded into the layer before it: the integers stay, the scales become one for each channel."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from lightning_qat_osc.export.integers import IntegerWeight, qualified
+from lightning_qat_osc.layers import layer_kind
+
+__all__ = ["CannotFoldError", "Folding", "fold_batch_norm", "remove_batch_norm", "scaled_channels"]
+
+_FUNCTIONS = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+    nn.Linear: F.linear,
+}
+_Foldable = _ConvNd | nn.Linear
+_NOTHING_IN_EVALUATION = (nn.Identity, _DropoutNd)
+
+
+class CannotFoldError(Exception):
+    """Why a batch norm stays."""
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What became of a model's batch norms.
+
+    Attributes:
+        into: Name of a batch norm -> the layer that it went into.
+        kept: Name of a batch norm -> why it stays.
+    """
+
+    into: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def fold_batch_norm(
+    module: nn.Module, weights: Mapping[str, IntegerWeight]
+) -> tuple[dict[str, IntegerWeight], Folding]:
+    r"""Fold the batch norms of a model into the layers before them, in place.
+
+    .. math::
+        a = \gamma / \sqrt{\sigma^2 + \epsilon}, \qquad
+        w' = a \, s z = (|a| s) \, (\mathrm{sign}(a) z), \qquad
+        b' = \beta + a \, (b - \mu)
+
+    The integers z stay, and the scale s becomes :math:`|a| s`, one for each channel, computed in double precision and
+    rounded once. Scales are positive, so a channel with a negative :math:`\gamma` has its integers negated. The grid
+    has no :math:`-q_{min}`: a batch norm with a negative :math:`\gamma` in a channel that uses :math:`q_{min}` stays.
+    A channel with :math:`\gamma = 0` gets integers of 0 and keeps its scale.
+
+    A batch norm is folded where a graph of the model in evaluation mode shows that it takes the output of one
+    convolution, transposed convolution or linear layer, that nothing else does, and that both are called once. A module
+    that ``torch.fx`` cannot trace is searched child by child, each taken to be called as a whole. As in
+    ``torch.nn.utils.fusion``, the batch norm's dimension of channels is taken to be that of the layer's features.
+
+    Args:
+        module: A converted model in evaluation mode. Its batch norms become ``nn.Identity``, and the layers before them
+            have a bias. Full-precision weights are folded, too; quantized ones are the caller's to set.
+        weights: Key of a parameter -> its integers.
+
+    Returns:
+        The integers of all quantized weights, and what became of each batch norm.
+    """
+    weights, folding = dict(weights), Folding()
+    graphs = _Graphs(module)
+    for name, norm in graphs.norms.items():
+        try:
+            layer_name, layer = graphs.layer_before(norm)
+            factor, bias = _affine(layer, norm)
+            keys = [qualified(other, "weight") for other in graphs.names[layer]]
+            axis = 1 if isinstance(layer, _ConvTransposeNd) else 0
+            if keys[0] in weights:
+                weights.update(dict.fromkeys(keys, scaled_channels(weights[keys[0]], factor, axis)))
+            else:
+                layer.weight.copy_(layer.weight.double() * factor.view(_channels_at(axis, layer.weight.dim())))
+        except CannotFoldError as reason:
+            folding.kept[name] = str(reason)
+            continue
+        remove_batch_norm(module, name, layer_name)
+        layer.get_parameter("bias").copy_(bias)
+        folding.into[name] = layer_name
+    return weights, folding
+
+
+def remove_batch_norm(module: nn.Module, norm_name: str, layer_name: str) -> None:
+    """Make room for a folded batch norm: it becomes ``nn.Identity``, and the layer before it has a bias of its own.
+
+    Args:
+        module: The model, which is changed.
+        norm_name: Name of the batch norm.
+        layer_name: Name of the layer.
+    """
+    norm, layer = module.get_submodule(norm_name), module.get_submodule(layer_name)
+    for parent in list(module.modules()):
+        for child_name, child in parent.named_children():
+            if child is norm:
+                setattr(parent, child_name, nn.Identity())
+    weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
+    trains = weight.requires_grad if bias is None else bias.requires_grad
+    layer.bias = nn.Parameter(weight.detach().new_zeros(_channels(layer)), requires_grad=trains)
+
+
+def _affine(layer: _Foldable, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """What a layer's output is multiplied with, and its new bias, each [C] in double precision."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
+    bias = bias * factor if norm.bias is None else norm.bias.double() + bias * factor
+    if not bool((factor.isfinite() & bias.isfinite()).all()):
+        raise CannotFoldError("its statistics or parameters are not finite")
+    return factor, bias
+
+
+def scaled_channels(weight: IntegerWeight, factor: Tensor, axis: int) -> IntegerWeight:
+    """An integer weight times a factor for each channel: the factors go into the scales, their signs to the integers.
+
+    Args:
+        weight: The weight, with one scale or one for each channel.
+        factor: The factors, [C], in double precision.
+        axis: The weight's dimension of channels.
+
+    Raises:
+        CannotFoldError: If a factor is negative where an integer has no opposite on the grid.
+    """
+    shape = _channels_at(axis, weight.values.dim())
+    scale = weight.scale.double().broadcast_to([len(factor) if size == -1 else 1 for size in shape])
+    scaled = (scale * factor.abs().view(shape)).to(weight.scale.dtype)
+    gone = scaled < torch.finfo(scaled.dtype).tiny  # gamma is 0, or no scale of this dtype is as small
+    integers = weight.values.to(torch.int16)
+    integers = torch.where(factor.view(shape) < 0, -integers, integers).masked_fill(gone, 0)
+    outside = (integers > weight.quant_max).movedim(axis, 0).flatten(1).any(dim=1)
+    if bool(outside.any()):
+        channel = int(outside.nonzero()[0])
+        raise CannotFoldError(
+            f"channel {channel} has a negative gamma and a weight at {weight.quant_min}, and the grid has no "
+            f"{-weight.quant_min}"
+        )
+    return replace(
+        weight,
+        values=integers.to(weight.values.dtype),
+        scale=torch.where(gone, scale.to(scaled.dtype), scaled),
+        channel_axis=axis,
+    )
+
+
+def _channels(layer: nn.Module) -> int:
+    return int(layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features)  # type: ignore[arg-type]
+
+
+def _channels_at(axis: int, dims: int) -> list[int]:
+    return [-1 if i == axis else 1 for i in range(dims)]
+
+
+class _LayerTracer(fx.Tracer):
+    """Batch norms and layers of known kinds are leaves, whatever package their class comes from."""
+
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        known = isinstance(m, _BatchNorm) or layer_kind(type(m)) is not None
+        return known or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Graphs:
+    """The graphs of a model, and what they say of its batch norms.
+
+    Attributes:
+        norms: The batch norms by name.
+        names: A submodule -> all its names.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = {name: m for name, m in module.named_modules() if isinstance(m, _BatchNorm)}
+        self.names: dict[nn.Module, list[str]] = {}
+        for name, m in module.named_modules(remove_duplicate=False):
+            self.names.setdefault(m, []).append(name)
+        self._holders = Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
+        self._calls: dict[nn.Module, tuple[nn.Module, fx.Node]] = {}  # a batch norm -> the traced module, its call
+        self._counts: Counter[nn.Module] = Counter()
+        self._untraced: dict[str, str] = {}
+        self._root = module
+        with _as_it_was(module), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of code that runs on no data
+            self._trace("", module, set())
+
+    def _trace(self, name: str, module: nn.Module, seen: set[nn.Module]) -> None:
+        if module in seen or isinstance(module, _BatchNorm) or layer_kind(type(module)) is not None:
+            return
+        seen.add(module)
+        try:
+            graph = _LayerTracer().trace(module)
+        except Exception as error:  # whatever a forward raises when it runs on no data
+            if any(isinstance(m, _BatchNorm) for m in module.modules()):
+                self._untraced[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                for child_name, child in module.named_children():
+                    self._trace(qualified(name, child_name), child, seen)
+            return
+        for node in graph.nodes:
+            if node.op == "call_module":
+                called = module.get_submodule(node.target)
+                self._counts[called] += 1
+                self._calls[called] = module, node
+
+    def layer_before(self, norm: _BatchNorm) -> tuple[str, _Foldable]:
+        """The layer that a batch norm can be folded into.
+
+        Raises:
+            CannotFoldError: If there is none, or it cannot be.
+        """
+        if norm not in self._calls:
+            raise CannotFoldError(f"no traced forward calls it{self._why_untraced(self.names[norm][0])}")
+        if self._counts[norm] > 1:
+            raise CannotFoldError("it is called more than once")
+        traced, call = self._calls[norm]
+        if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+            raise CannotFoldError(f"{type(norm).__name__} has a forward of its own")
+        if norm.running_mean is None or norm.running_var is None:
+            raise CannotFoldError("it has no running statistics")
+        source = call.args[0] if call.args else call.kwargs["input"]
+        while self._is_nothing(traced, source):
+            source = source.args[0]  # type: ignore[union-attr]
+        assert isinstance(source, fx.Node)
+        layer = traced.get_submodule(str(source.target)) if _calls_module(source) else None
+        if not isinstance(layer, _Foldable):
+            before = type(layer).__name__ if layer is not None else source.name
+            raise CannotFoldError(f"what comes before it is no convolution and no linear layer, but {before}")
+        name = self.names[layer][0]
+        self._check(name, layer, norm, traced, source)
+        return name, layer
+
+    def _why_untraced(self, name: str) -> str:
+        """Why the module that holds another cannot be traced; nothing if it can."""
+        while name:
+            name = name.rpartition(".")[0]
+            if name in self._untraced:
+                holder = f"'{name}'" if name else "the model"
+                return f"; {holder} cannot be traced: {self._untraced[name]}"
+        return ""
+
+    def _is_nothing(self, traced: nn.Module, source: object) -> bool:
+        if not _calls_module(source):
+            return False
+        assert isinstance(source, fx.Node)
+        called = traced.get_submodule(str(source.target))
+        return isinstance(called, _NOTHING_IN_EVALUATION) and len(source.users) == 1 and not _has_hooks(called)
+
+    def _check(self, name: str, layer: _Foldable, norm: _BatchNorm, traced: nn.Module, source: fx.Node) -> None:
+        if len(source.users) > 1:
+            raise CannotFoldError(f"the output of '{name}' is used elsewhere, too")
+        if self._counts[layer] > 1:
+            raise CannotFoldError(f"'{name}' is called more than once")
+        for what in (layer, norm):
+            if traced is not self._root and len(self.names[what]) > 1:
+                raise CannotFoldError(f"'{self.names[what][0]}' has several names, and may be called by each")
+            own = [p for p in what._parameters.values() if p is not None]
+            if any(self._holders[id(p)] > 1 for p in own):
+                raise CannotFoldError(f"'{self.names[what][0]}' shares a parameter with another module")
+        if _has_hooks(norm) or layer._forward_hooks:
+            raise CannotFoldError(f"there are forward hooks on it or on '{name}'")
+        read = {str(node.target) for node in source.graph.nodes if node.op == "get_attr"}
+        for what in (layer, norm):
+            for key in (*what._parameters, *what._buffers):
+                if any(qualified(self._within(traced, what), key) == attribute for attribute in read):
+                    raise CannotFoldError(f"{key} of '{self.names[what][0]}' is read outside of it")
+        if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
+            raise CannotFoldError(f"'{name}' has groups, whose output channels lie along two dimensions of its weight")
+        if norm.num_features != _channels(layer):
+            raise CannotFoldError(f"it has {norm.num_features} channels, and '{name}' gives {_channels(layer)}")
+        if not _is_affine(layer):
+            raise CannotFoldError(f"{type(layer).__name__} '{name}' has a forward of its own, which may do more")
+
+    @staticmethod
+    def _within(traced: nn.Module, what: nn.Module) -> str:
+        names: Iterator[str] = (name for name, m in traced.named_modules() if m is what)
+        return next(names)
+
+
+def _calls_module(source: object) -> bool:
+    return isinstance(source, fx.Node) and source.op == "call_module"
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_affine(layer: nn.Module) -> bool:
+    """Whether a layer's output is its weight applied to something, plus its bias, and no more."""
+    base = next(c for c in _FUNCTIONS if isinstance(layer, c))
+    if all(getattr(type(layer), key, None) is getattr(base, key, None) for key in ("forward", "_conv_forward")):
+        return True
+    twin = copy.copy(layer)  # with a bias, as it will have one
+    twin._parameters = {**layer._parameters, "bias": nn.Parameter(torch.zeros(1))}
+    try:
+        graph = fx.Tracer().trace(twin)
+    except Exception:  # it may look at its input
+        return False
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    call = output.args[0]
+    if not isinstance(call, fx.Node) or call.op != "call_function" or call.target is not _FUNCTIONS[base]:
+        return False
+    given = {**dict(zip(("input", "weight", "bias"), call.args)), **call.kwargs}
+    for key in ("weight", "bias"):
+        reads = [node for node in graph.nodes if node.op == "get_attr" and node.target == key]
+        if [list(read.users) for read in reads] != [[call]] or given.get(key) not in reads:
+            return False
+    return given.get("input") not in (given["weight"], given["bias"])
+
+
+@contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """Put back the attributes that a forward sets, which hold proxies after it was traced."""
+    before = [(m, dict(vars(m))) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, attributes in before:
+            vars(m).clear()
+            vars(m).update(attributes)

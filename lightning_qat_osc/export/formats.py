@@ -1,0 +1,75 @@
+"""The formats that a quantized model is exported to, by name."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_qat_osc.export.files import written_whole
+from lightning_qat_osc.export.onnx import export_onnx
+from lightning_qat_osc.export.packed import save_packed
+from lightning_qat_osc.export.pt2e import export_program
+
+__all__ = ["ExportFormat", "SUFFIXES", "export_model", "require_packages"]
+
+ExportFormat = Literal["packed", "onnx", "torch"]
+"""``packed``: safetensors with b bits a weight, for :func:`~lightning_qat_osc.export.load_packed`. ``onnx``: ONNX with
+QuantizeLinear and DequantizeLinear. ``torch``: a ``torch.export`` program with integer weights, which runs without the
+model's class."""
+
+SUFFIXES: dict[ExportFormat, str] = {"packed": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
+"""Format -> the suffix of its files."""
+
+_PACKAGES: dict[ExportFormat, tuple[str, ...]] = {
+    "packed": ("safetensors",),
+    "onnx": ("onnx", "onnxscript"),
+    "torch": (),
+}
+
+
+def require_packages(export_format: ExportFormat) -> None:
+    """Insist on the packages that a format needs.
+
+    Raises:
+        ImportError: If one is not installed; the message names the extra to install.
+    """
+    missing = [package for package in _PACKAGES[export_format] if find_spec(package) is None]
+    if missing:
+        raise ImportError(
+            f"format '{export_format}' needs {' and '.join(missing)}: "
+            f'pip install "lightning-qat-osc[{export_format}]"'
+        )
+
+
+def export_model(
+    module: nn.Module, path: str | PathLike[str], export_format: ExportFormat, example_input: Any = None
+) -> None:
+    """Write a quantized model to a file of a format.
+
+    Args:
+        module: A model with quantizers, trained or loaded from a checkpoint. It is left as it is.
+        path: The file. It is written beside its place, and then put there.
+        export_format: "packed", "onnx" or "torch".
+        example_input: What the module's forward takes, for "onnx" and "torch": a tuple of positional arguments,
+            a dictionary of keyword arguments, or one argument of any other type.
+
+    Raises:
+        ImportError: If a package that the format needs is not installed.
+        ValueError: If nothing in the module is quantized, a layer cannot be exported, or ``example_input`` is missing.
+        RuntimeError: If torch cannot export the module.
+    """
+    require_packages(export_format)
+    if export_format == "packed":
+        save_packed(module, path)
+        return
+    if example_input is None:
+        raise ValueError(f"example_input must be what the module's forward takes for '{export_format}', got None")
+    with written_whole(path) as temporary:
+        if export_format == "onnx":
+            export_onnx(module, temporary, example_input)
+        else:
+            torch.export.save(export_program(module, example_input), temporary)

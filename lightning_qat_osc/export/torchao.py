@@ -1,0 +1,70 @@
+"""The converted model with the weights of its linear layers as torchao tensors."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat_osc.export.convert import integer_model
+from lightning_qat_osc.export.integers import IntegerWeight
+
+__all__ = ["convert_to_torchao"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def convert_to_torchao(module: Module) -> Module:
+    """The converted model, with the integers of its linear layers in torchao tensors.
+
+    Weights of 8 bits become ``Int8Tensor``, fewer ``IntxUnpackedToInt8Tensor`` with a ``target_dtype`` of as many
+    (``torch.int4``, ``torch.int3``), per tensor or per channel, weight-only: as torchao's own ``Int8WeightOnlyConfig``
+    and ``IntxWeightOnlyConfig`` make them, but with the trained integers and scales. The former multiplies by the
+    scale after the product with the integers, so its outputs equal to float rounding; the latter dequantizes the
+    weight that training computed with, to the bit. All other layers, and quantized inputs, are as in
+    :func:`~lightning_qat_osc.export.convert`. A weight that a linear layer shares with another kind of layer is no
+    longer shared.
+
+    Args:
+        module: A model with calibrated quantizers. It is left as it is.
+
+    Returns:
+        The converted copy, of the same class, in evaluation mode.
+
+    Raises:
+        ImportError: If torchao is not installed.
+        ValueError: If no linear layer of the module has a quantized weight, or a layer cannot be converted.
+    """
+    if find_spec("torchao") is None:
+        raise ImportError('convert_to_torchao needs torchao: pip install "lightning-qat-osc[torchao]"')
+    model = integer_model(module)
+    changed = False
+    for key, weight in model.weights.items():
+        name, _, parameter = key.rpartition(".")
+        layer = model.module.get_submodule(name)
+        if isinstance(layer, nn.Linear) and parameter == "weight":
+            layer.weight = nn.Parameter(_torchao_tensor(weight), requires_grad=False)
+            changed = True
+    if not changed:
+        raise ValueError(
+            f"module must have a linear layer with a quantized weight, and {type(module).__name__} has none: torchao's "
+            "weight-only tensors are those of linear layers. lightning_qat_osc.export.convert takes all layers"
+        )
+    return cast(Module, model.module)
+
+
+def _torchao_tensor(weight: IntegerWeight) -> Tensor:
+    """A weight [out, in] as a torchao tensor, one block for each scale."""
+    from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
+
+    rows, columns = weight.values.shape
+    block = [rows if weight.channel_axis is None else 1, columns]
+    scale = weight.scale.to(weight.dtype).reshape(-1, 1)  # [out, 1] or [1, 1]
+    if weight.bits == 8:
+        return cast(Tensor, Int8Tensor(weight.values, scale, block, weight.dtype))
+    zero_point = torch.zeros_like(scale, dtype=torch.int8)
+    target = getattr(torch, f"int{weight.bits}")
+    made = IntxUnpackedToInt8Tensor(weight.values, scale, zero_point, target, tuple(block), weight.dtype, None)
+    return cast(Tensor, made)

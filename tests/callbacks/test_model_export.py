@@ -1,0 +1,236 @@
+"""Files at the end of fit and beside best checkpoints."""
+
+import copy
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import ConvModule, Data, trainer
+from torch.nn import functional as F
+
+from lightning_qat_osc import BatchNormReestimation, ModelExport, QuantizationAwareTraining, load_quantized
+from lightning_qat_osc.export import convert, load_packed
+
+pytest.importorskip("safetensors")
+
+X = torch.randn(5, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+class Wrapping(L.LightningModule):
+    """A LightningModule without a forward, as most are."""
+
+    def __init__(self, compiled=False):
+        super().__init__()
+        self.network = ConvModule()
+        if compiled:
+            self.network.compile(backend="eager")
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.network(x=batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.network(x=batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def fit(module, export, tmp_path, *callbacks, **kwargs):
+    callbacks = [QuantizationAwareTraining(3, 4), export, *callbacks]
+    t = trainer(callbacks, default_root_dir=tmp_path, **{"num_sanity_val_steps": 0, **kwargs})
+    t.fit(module, Data())
+    return t
+
+
+def run_program(path, *args, **kwargs):
+    return torch.export.load(path).module()(*args, **kwargs)
+
+
+def run_onnx(path, x):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def test_all_formats_at_the_end_of_fit(tmp_path):
+    pytest.importorskip("onnxscript")
+    module = ConvModule()
+    fit(module, ModelExport(["packed", "onnx", "torch"]), tmp_path, BatchNormReestimation(num_batches=2))
+    names = ["model.onnx", "model.pt2", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    expected = module.eval()(X).detach()
+    assert torch.equal(load_packed(tmp_path / "model.safetensors", ConvModule())(X), expected)
+    step = module.head.input_quantizer.scale.item()  # an input at the middle of two integers may be one off
+    for out in (run_program(tmp_path / "model.pt2", X), run_onnx(tmp_path / "model.onnx", X)):
+        assert torch.allclose(out, expected, atol=step)
+        assert (out - expected).abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("module", "export", "example_input_array"),
+    [
+        (ConvModule(), ModelExport(["torch"]), torch.zeros(3, 1, 6, 6)),
+        (Wrapping(), ModelExport(["torch"], network="network", dirpath="elsewhere"), None),
+        (Wrapping(compiled=True), ModelExport(["torch"], network="network", dirpath="elsewhere"), None),
+    ],
+)
+def test_example_inputs(module, export, example_input_array, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module.example_input_array = example_input_array
+    fit(module, export, tmp_path)
+    network = module if export.network is None else module.network
+    arguments = ((X,), {}) if export.network is None else ((), {"x": X})
+    path = tmp_path / "model.pt2" if export.network is None else tmp_path / "elsewhere" / "model.pt2"
+    out = run_program(path, *arguments[0], **arguments[1])
+    assert out.shape == (5, 3)
+    assert (out - network.eval()(X)).abs().mean() < 1e-3
+    assert not network._forward_pre_hooks
+
+
+def test_a_network_that_is_not_called_is_named(tmp_path):
+    with pytest.raises(
+        MisconfigurationException, match="forward of Wrapping was not called in the first .* as network"
+    ):
+        fit(Wrapping(), ModelExport(["torch"]), tmp_path)
+    with pytest.raises(MisconfigurationException, match="network must name a submodule of Wrapping, got 'net'"):
+        fit(Wrapping(), ModelExport(network="net"), tmp_path)
+
+
+class Compare(L.Callback):
+    """After each export beside a checkpoint, notes what there is."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.found.append(sorted(p.name for p in Path(trainer.checkpoint_callback.dirpath).glob("*")))
+
+
+def test_beside_each_best_checkpoint(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="val_loss", mode="max", save_top_k=1)
+    compare = Compare()
+
+    class Worse(ConvModule):  # best in the epochs 0, 1 and 3
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", torch.tensor([1.0, 2.0, 0.0, 3.0, 1.0][self.current_epoch]))
+
+    module = Worse()
+    fit(module, ModelExport(when="best"), tmp_path, compare, checkpoint, max_epochs=5, enable_checkpointing=True)
+    pairs = [[f"epoch={n}.ckpt", f"epoch={n}.safetensors"] for n in (0, 1, 1, 3)]
+    assert compare.found == [[], *pairs]
+    loaded = load_packed(tmp_path / "epoch=3.safetensors", Worse())
+    expected = load_quantized(Worse, tmp_path / "epoch=3.ckpt").eval()
+    assert torch.equal(loaded(X), expected(X))
+    assert not torch.equal(loaded(X), module.eval()(X))  # training went on
+
+
+def test_the_last_epoch_may_be_the_best_and_all_may_be_kept(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="epoch_", mode="max", save_top_k=-1)
+
+    class Better(ConvModule):
+        def validation_step(self, batch, batch_idx):
+            self.log("epoch_", float(self.current_epoch))
+
+    module = Better()
+    t = fit(module, ModelExport(when="best"), tmp_path, checkpoint, max_epochs=2, enable_checkpointing=True)
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == ["epoch=0.safetensors", "epoch=1.safetensors"]
+    assert torch.equal(load_packed(tmp_path / "epoch=1.safetensors", Better())(X), module.eval()(X))
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    callbacks = [QuantizationAwareTraining(3, 4), ModelExport(when="best"), copy.deepcopy(checkpoint)]
+    again = trainer(callbacks, default_root_dir=tmp_path, enable_checkpointing=True, max_epochs=3)
+    again.fit(Better(), Data(), ckpt_path=t.checkpoint_callback.best_model_path)
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    assert after.keys() - times.keys() == {"epoch=2.safetensors"}
+    assert times.items() < after.items()  # what was there, stays
+
+
+def test_an_export_that_fails_does_not_end_training(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="val_loss")
+    export = ModelExport(["torch"], when="best")
+    module = Wrapping()
+    with pytest.warns(UserWarning, match=r"epoch=\d.ckpt was not exported: MisconfigurationException: the forward"):
+        t = fit(module, export, tmp_path, checkpoint, enable_checkpointing=True)
+    assert t.current_epoch == 2
+
+
+def test_training_is_the_same_with_it(tmp_path):
+    results = []
+    for export in (ModelExport(["torch"], when="best"), None):
+        torch.manual_seed(0)
+        module = ConvModule(dropout=0.2)
+        checkpoint = ModelCheckpoint(tmp_path / str(export is None), monitor="val_loss")
+        callbacks = [QuantizationAwareTraining(3, 4), *([export] if export else []), checkpoint]
+        trainer(callbacks, enable_checkpointing=True).fit(module, Data(shuffle=True))
+        results.append(module.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(results[0].values(), results[1].values()))
+
+
+def test_fast_dev_run_writes_nothing(tmp_path):
+    for when in ("fit_end", "best"):
+        fit(ConvModule(), ModelExport(when=when), tmp_path, fast_dev_run=True)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"formats": []}, "formats must be a list of at least one of packed, onnx, torch, got"),
+        ({"formats": "onnx"}, "formats must be a list"),
+        ({"formats": ["tflite"]}, "formats must be one of 'packed', 'onnx', 'torch', got 'tflite'"),
+        ({"when": "always"}, "when must be one of 'fit_end', 'best', got 'always'"),
+        ({"when": "best", "dirpath": "x"}, "dirpath must be None with when='best'.* got 'x'"),
+    ],
+)
+def test_arguments_are_checked(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        ModelExport(**arguments)
+
+
+def test_refused_before_the_first_step(tmp_path, monkeypatch):
+    with pytest.raises(MisconfigurationException, match="ModelExport needs quantized weights"):
+        trainer([ModelExport()]).fit(ConvModule(), Data())
+    with pytest.raises(MisconfigurationException, match="needs the Trainer's ModelCheckpoint"):
+        fit(ConvModule(), ModelExport(when="best"), tmp_path)
+    monkeypatch.setattr("lightning_qat_osc.export.formats.find_spec", lambda package: None)
+    with pytest.raises(ImportError, match=r"'packed' needs safetensors: pip install \"lightning-qat-osc\[packed\]\""):
+        fit(ConvModule(), ModelExport(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, for what Lightning calls
+def test_from_yaml(tmp_path, monkeypatch):
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    (tmp_path / "config.yaml").write_text(f"""
+trainer:
+  accelerator: cpu
+  max_epochs: 1
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  default_root_dir: {tmp_path}
+  callbacks:
+    - class_path: lightning_qat_osc.QuantizationAwareTraining
+      init_args: {{weight_bits: 3, activation_bits: null}}
+    - class_path: lightning_qat_osc.ModelExport
+      init_args: {{formats: [packed, torch], when: best}}
+    - class_path: lightning_qat_osc.ModelExport
+      init_args: {{dirpath: {tmp_path}/end, network: point}}
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{dirpath: {tmp_path}, filename: best, monitor: val_loss}}
+""")
+    monkeypatch.setattr(sys, "argv", ["fit.py", "fit", "--config", str(tmp_path / "config.yaml")])
+    cli = LightningCLI(ConvModule, Data, save_config_callback=None, seed_everything_default=0)
+    assert sorted(path.name for path in tmp_path.glob("best*")) == ["best.ckpt", "best.pt2", "best.safetensors"]
+    module = cli.model.eval()
+    assert torch.equal(load_packed(tmp_path / "best.safetensors", ConvModule())(X), module(X))
+    assert torch.equal(
+        load_packed(tmp_path / "end" / "model.safetensors", ConvModule().point).weight, convert(module.point).weight
+    )

@@ -1,0 +1,306 @@
+"""Batch norm folded away: the same function, the same integers, and what cannot be folded is named."""
+
+import copy
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from calibrated import calibrated
+from hypothesis import HealthCheck, given, settings
+from models import ConvModule
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_qat_osc import LayerRule
+from lightning_qat_osc.export import convert, integer_model, integer_weights
+
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def used(norm, seed=0, negative=False):
+    """A batch norm with statistics and parameters as training leaves them."""
+    generator = torch.Generator().manual_seed(seed)
+    norm.running_mean.copy_(torch.randn(norm.num_features, generator=generator))
+    norm.running_var.copy_(torch.rand(norm.num_features, generator=generator) + 0.1)
+    if norm.affine:
+        with torch.no_grad():
+            norm.weight.copy_(torch.rand(norm.num_features, generator=generator) + 0.2)
+            norm.bias.copy_(torch.randn(norm.num_features, generator=generator))
+            if negative:
+                norm.weight.neg_()
+    return norm
+
+
+def reference(layer, norm, x):
+    """Layer and batch norm in double precision, from their weights as they are."""
+    layer, norm = copy.deepcopy(layer).double(), copy.deepcopy(norm).double()
+    return norm(layer(x.double()))
+
+
+def assert_close(out, expected):
+    assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_the_same_function_and_the_same_integers(data):
+    draw = data.draw
+    dims, transposed = draw(st.integers(0, 3)), draw(st.booleans())
+    groups = 1 if transposed else draw(st.sampled_from([1, 2]))
+    channels, out = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    bias, bits = draw(st.booleans()), draw(st.integers(2, 8))
+    if dims == 0:
+        layer, x = nn.Linear(channels, out, bias=bias), torch.randn(4, channels)
+    else:
+        kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
+        layer = kind(channels, out, draw(st.integers(1, 3)), stride=draw(st.integers(1, 2)), groups=groups, bias=bias)
+        x = torch.randn(2, channels, *[5] * dims)
+    norm = used(NORMS[max(dims, 1)](out, affine=draw(st.booleans())), negative=draw(st.booleans()))
+    granularity = draw(st.sampled_from(["per_tensor", "per_channel"]))
+    activation_bits = draw(st.sampled_from([None, 4]))
+    model = nn.Sequential(layer, norm)
+    model = calibrated(model, x, weight_bits=bits, activation_bits=activation_bits, weight_granularity=granularity)
+    plain, before = convert(model), integer_weights(model)["0.weight"]
+    folded = integer_model(model, fold_batch_norm=True)
+    axis = 1 if transposed and dims else 0
+    if folded.folding.kept:
+        assert norm.weight.min() < 0
+        assert before.values.min() == before.quant_min
+        assert torch.equal(folded.module(x), plain(x))
+        return
+    assert folded.folding.into == {"1": "0"}
+    assert set(folded.module.state_dict()) == {"0.weight", "0.bias"}
+    weight = folded.weights["0.weight"]
+    sign = norm.weight.sign() if norm.affine else torch.ones(out)
+    sign = sign.view([-1 if i == axis else 1 for i in range(before.values.dim())])
+    assert torch.equal(weight.values, before.values * sign.char())
+    assert weight.scale.shape[axis] == out
+    assert weight.channel_axis == axis
+    assert (weight.scale > 0).all()
+    assert torch.equal(folded.module[0].weight, weight.dequantize())
+    quantized_input = plain[0]._forward_pre_hooks
+    x_q = x if not quantized_input else next(iter(quantized_input.values()))(plain[0], (x,), {})[0][0]
+    assert_close(folded.module(x), reference(plain[0], norm, x_q))
+
+
+def test_the_module_of_the_tests():
+    x = torch.randn(8, 1, 6, 6)
+    model = ConvModule()
+    used(model.bn1)
+    used(model.bn2)
+    model = calibrated(model, x, weight_bits=8, activation_bits=None)
+    folded = convert(model, fold_batch_norm=True)
+    assert type(folded) is ConvModule
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert set(folded.state_dict()) == {
+        f"{name}.{key}" for name in ("stem", "depthwise", "point", "head") for key in ("weight", "bias")
+    }
+    assert_close(folded(x), convert(model).double()(x.double()))
+    assert all(isinstance(m, nn.BatchNorm2d) for m in (model.bn1, model.bn2))  # the original is as it was
+
+
+def test_a_negative_gamma_negates_integers_but_not_off_the_grid():
+    x = torch.randn(4, 3)
+    layer, norm = nn.Linear(3, 2), nn.BatchNorm1d(2).eval()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.3, -0.7, 0.1], [-0.8, 0.2, 0.7]]))
+        norm.weight.copy_(torch.tensor([-2.0, 1.0]))
+    model = calibrated(nn.Sequential(layer, norm), x, activation_bits=None)
+    model[0].weight_quantizer.set_range(torch.tensor([0.1]), -8, 7)
+    folded = integer_model(model, fold_batch_norm=True)
+    assert folded.weights["0.weight"].values.tolist() == [[-3, 7, -1], [-8, 2, 7]]
+    assert folded.weights["0.weight"].scale.flatten().tolist() == pytest.approx([0.2, 0.1], rel=1e-4)
+    with torch.no_grad():
+        norm.weight.neg_()
+    with pytest.warns(UserWarning, match="'1' is not folded: channel 1 has a negative gamma and a weight at -8"):
+        kept = convert(model, fold_batch_norm=True)
+    assert torch.equal(kept(x), model(x))
+    assert isinstance(kept[1], nn.BatchNorm1d)
+
+
+def test_a_gamma_of_zero_and_one_too_small_for_a_scale():
+    x = torch.randn(4, 3)
+    norm = used(nn.BatchNorm1d(3))
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.0, 1e-38, 1.0]))
+    model = calibrated(nn.Sequential(nn.Linear(3, 3), norm), x, activation_bits=None)
+    folded = integer_model(model, fold_batch_norm=True)
+    weight = folded.weights["0.weight"]
+    assert (weight.scale > 0).all()
+    assert weight.values[0].tolist() == weight.values[1].tolist() == [0, 0, 0]
+    assert weight.values[2].any()
+    assert_close(folded.module(x), convert(model).double()(x.double()))
+
+
+def test_full_precision_layers_are_folded_too():
+    x = torch.randn(4, 3, 5, 5)
+    full = LayerRule(pattern="0", weight_bits=None, activation_bits=None)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)]
+    model = calibrated(nn.Sequential(*layers), x, activation_bits=None, rules=(full,))
+    used(model[1])
+    folded = convert(model, fold_batch_norm=True)
+    assert isinstance(folded[1], nn.Identity)
+    assert_close(folded(x), convert(model).double()(x.double()))
+
+
+class Padded(nn.Conv2d):
+    """A convolution with a forward of its own that is one all the same."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, [1, 1, 1, 1]), self.weight, self.bias, self.stride)
+
+
+class Activated(nn.Conv2d):
+    """A convolution that does more."""
+
+    def forward(self, x):
+        return F.relu(F.conv2d(x, self.weight, self.bias))
+
+
+class OwnConvolution(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return F.conv2d(input, weight.abs(), bias)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class Net(nn.Module):
+    """A convolution and a batch norm, called in a way of one's own."""
+
+    def __init__(self, call, conv=None, norm=None):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1, bias=False) if conv is None else conv
+        self.norm = used(nn.BatchNorm2d(3)) if norm is None else norm
+        self.call = call
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def plainly(net, x):
+    return net.norm(net.conv(x))
+
+
+def hooked(norm):
+    norm.register_forward_hook(lambda *args: None)
+    return norm
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Net(plainly),
+        lambda: Net(plainly, conv=Padded(3, 3, 3, bias=False)),
+        lambda: Net(lambda net, x: net.norm(input=net.conv(x))),
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.5), nn.Identity(), nn.BatchNorm2d(3)),
+        lambda: nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)),
+    ],
+)
+def test_what_can_be_folded(make):
+    x = torch.randn(4, 3, 5, 5)
+    model = calibrated(make(), x, weight_bits=8, activation_bits=None)
+    folded = convert(model, fold_batch_norm=True)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert_close(folded(x), convert(model).double()(x.double()))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Net(lambda n, x: n.norm(n.conv(x)) + n.norm(x)), "it is called more than once"),
+        (lambda: Net(lambda n, x: n.norm(n.conv(n.conv(x)))), "'conv' is called more than once"),
+        (lambda: Net(lambda n, x: n.norm(y := n.conv(x)) + y), "the output of 'conv' is used elsewhere"),
+        (lambda: Net(lambda n, x: n.norm(n.conv(x)) + n.conv.weight.sum()), "weight of 'conv' is read outside"),
+        (lambda: Net(lambda n, x: n.norm(n.conv(x)) + n.norm.running_mean.sum()), "running_mean of 'norm' is read"),
+        (lambda: Net(lambda n, x: n.norm(F.relu(n.conv(x)))), "no convolution and no linear layer, but relu"),
+        (lambda: Net(lambda n, x: n.conv(n.norm(x))), "no convolution and no linear layer, but x"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)), "linear layer, but ReLU"),
+        (lambda: Net(lambda n, x: n.conv(x)), "no traced forward calls it"),
+        (lambda: Net(plainly, norm=nn.BatchNorm2d(3, track_running_stats=False)), "it has no running statistics"),
+        (lambda: Net(plainly, norm=OwnNorm(3)), "OwnNorm has a forward of its own"),
+        (lambda: Net(plainly, norm=hooked(nn.BatchNorm2d(3))), "there are forward hooks"),
+        (lambda: Net(plainly, conv=Activated(3, 3, 1)), "Activated 'conv' has a forward of its own"),
+        (lambda: Net(plainly, conv=OwnConvolution(3, 3, 1)), "OwnConvolution 'conv' has a forward of its own"),
+        (lambda: Net(plainly, conv=nn.ConvTranspose2d(3, 3, 1, groups=3)), "'conv' has groups"),
+        (
+            lambda: Net(plainly, conv=nn.Linear(5, 5), norm=nn.BatchNorm2d(3)),
+            "it has 3 channels, and 'conv' gives 5",
+        ),
+    ],
+)
+def test_what_cannot_be_folded_is_named_and_computes_as_before(make, reason):
+    x = torch.randn(4, 3, 5, 5)
+    model = calibrated(make(), x, activation_bits=None)
+    plain = convert(model)
+    with pytest.warns(UserWarning, match=reason):
+        folded = convert(model, fold_batch_norm=True)
+    assert torch.equal(folded(x), plain(x))
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_shared_weights_and_statistics_that_are_not_finite():
+    x = torch.randn(4, 3, 5, 5)
+    tied = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+    tied[2].weight = tied[0].weight
+    with pytest.warns(UserWarning, match="'0' shares a parameter"):
+        convert(calibrated(tied, x), fold_batch_norm=True)
+    model = calibrated(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), x)
+    model[1].running_var.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="statistics or parameters are not finite"):
+        convert(model, fold_batch_norm=True)
+
+
+class Branching(nn.Module):
+    """Untraceable at the top; what is below is traced by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+        self.norm = nn.BatchNorm2d(3)
+        self.last = None
+
+    def forward(self, x):
+        self.last = x
+        y = self.body(x)
+        return self.norm(y) if y.sum() > 0 else y
+
+
+def test_below_a_module_that_cannot_be_traced():
+    x = torch.randn(4, 3, 5, 5)
+    model = calibrated(Branching(), x)
+    with pytest.warns(UserWarning, match="'norm' is not folded: no .* calls it; the model cannot be traced"):
+        folded = convert(model, fold_batch_norm=True)
+    assert isinstance(folded.body[1], nn.Identity)
+    assert torch.equal(folded.last, x)  # not a proxy
+    assert_close(folded(x), convert(model).double()(x.double()))
+    aliased = Branching()
+    aliased.other = aliased.body[0]
+    aliased = calibrated(aliased, x)
+    with (
+        pytest.warns(UserWarning, match="'norm' is not folded"),
+        pytest.warns(UserWarning, match="'body.0' has several"),
+    ):
+        convert(aliased, fold_batch_norm=True)
+
+
+class Padding(nn.Module):
+    """Pads by what it computes from its input's shape, as ports of TensorFlow's networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, bias=False)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(self.conv(F.pad(x, [int(x.shape[-1]) % 2 + 1] * 4)))
+
+
+def test_the_nearest_module_that_cannot_be_traced_is_named():
+    model = calibrated(nn.Sequential(Padding(), nn.Sequential(Padding())), torch.randn(4, 3, 5, 5))
+    kept = integer_model(model, fold_batch_norm=True).folding.kept
+    assert set(kept) == {"0.norm", "1.0.norm"}
+    assert kept["1.0.norm"].startswith("no traced forward calls it; '1.0' cannot be traced: TypeError: int() argument")

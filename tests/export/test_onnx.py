@@ -1,0 +1,521 @@
+"""ONNX files: what they hold, and that ONNX Runtime computes from them what the quantized model computes."""
+
+import copy
+
+import hypothesis.strategies as st
+import numpy as np
+import onnx
+import pytest
+import torch
+from calibrated import calibrated
+from hypothesis import HealthCheck, Phase, given, settings
+from models import ConvModule, Data, trainer
+from onnx import TensorProto, numpy_helper
+from sessions import assert_close, initializers, operators, optimized_operators, run, session
+from torch import nn
+
+from lightning_qat_osc import IterativeFreezing, LayerRule, QuantConfig, QuantizationAwareTraining, oscillation_states
+from lightning_qat_osc.export import integer_weights
+from lightning_qat_osc.export.onnx import export_onnx
+from lightning_qat_osc.surgery import quantize_model
+
+
+def network():
+    """Every way from a layer to the next quantizer: clipping, pooling, padding, reshaping, a sum."""
+    torch.manual_seed(3)
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+
+        def forward(self, x):
+            return x + self.conv(x)
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU6(),
+        nn.MaxPool2d(2),
+        nn.ZeroPad2d((0, 1, 0, 1)),
+        nn.Conv2d(8, 16, 3, stride=2),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        Residual(),
+        nn.Conv2d(16, 16, 1),
+        nn.Hardtanh(-0.1, 0.3),
+        nn.Flatten(),
+        nn.Linear(64, 24),
+        nn.ReLU(),
+        nn.Linear(24, 10),
+    )
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(64, 3, 8, 8))
+        for layer in model:
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.uniform_(0.5, 2.0)
+                layer.bias.uniform_(-0.5, 0.5)
+    return model.eval()
+
+
+def images(n=256, seed=7):
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def outputs(model, *inputs):
+    with torch.no_grad():
+        return model(*inputs)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(bits, granularity) -> a quantized network and its file, made once."""
+    made = {}
+
+    def get(weight_bits, activation_bits, granularity="per_channel"):
+        key = weight_bits, activation_bits, granularity
+        if key not in made:
+            bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+            model = calibrated(network(), images(), weight_granularity=granularity, **bits)
+            path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+            export_onnx(model, path, images(2))
+            made[key] = model, path
+        return made[key]
+
+    return get
+
+
+WIDTHS = [(8, 8), (4, 8), (4, 4), (3, 3), (2, 5), (8, 6), (7, 7), (3, None), (None, 8)]
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "activation_bits", "granularity"),
+    [(*widths, "per_channel") for widths in WIDTHS] + [(*widths, "per_tensor") for widths in WIDTHS[:3:2]],
+)
+def test_onnx_runtime_computes_the_quantized_model(exported, weight_bits, activation_bits, granularity):
+    model, path = exported(weight_bits, activation_bits, granularity)
+    x = 1.5 * images(1000, seed=11)  # wider than what the ranges were set from, so that grids saturate
+    expected = outputs(model, x)
+    exact = run(path, x, optimized=False)[0]
+    rows = (exact - expected).abs().amax(1) > 2e-6 * expected.abs().max()
+    assert rows.sum() <= 5  # ties: a value in the middle of two integers, to rounding errors of the sum it is
+    assert ((exact - expected).abs().max() / expected.std()) < 0.5
+    optimized = run(path, x)[0]
+    if weight_bits and activation_bits and weight_bits + activation_bits >= 12:
+        # int32 biases: each integer at most one off
+        assert (optimized - expected).abs().mean() < 0.02 * expected.std()
+        assert (optimized.argmax(1) == expected.argmax(1)).float().mean() > 0.98
+    else:
+        rows = (optimized - expected).abs().amax(1) > 2e-6 * expected.abs().max()
+        assert rows.sum() <= 5
+
+
+def test_without_int32_biases_8_bits_are_exact_too(exported):
+    import onnxruntime
+
+    model, path = exported(8, 8)
+    x = images(500)
+    s = onnxruntime.InferenceSession(
+        str(path), providers=["CPUExecutionProvider"], disabled_optimizers=["WeightBiasQuantization"]
+    )
+    y = torch.from_numpy(s.run(None, {"input": x.numpy()})[0])
+    expected = outputs(model, x)
+    assert ((y - expected).abs().amax(1) > 2e-6 * expected.abs().max()).sum() <= 5
+
+
+def test_integer_kernels_at_8_bits(exported):
+    _, path = exported(8, 8)
+    found = optimized_operators(path)
+    # not the residual's convolution and the one before it, whose outputs a sum takes in full precision
+    assert found["QLinearConv"] == 2
+    assert found["MatMulIntegerToFloat"] == 2
+    assert found["Gemm"] == found["MatMul"] == 0
+
+
+def test_weights_are_integers_under_the_float_models_keys(exported):
+    for bits, dtype in ((8, TensorProto.INT8), (5, TensorProto.INT8), (4, TensorProto.INT4), (2, TensorProto.INT4)):
+        model = calibrated(network(), images(), weight_bits=bits, activation_bits=8)
+        _, path = exported(bits, 8, "per_tensor")
+        stored = initializers(path)
+        weights = integer_weights(model)
+        for name, weight in weights.items():
+            assert stored[name].data_type == dtype
+            assert np.array_equal(numpy_helper.to_array(stored[name]).astype(np.int8), weight.values.numpy())
+        assert not any(
+            x.data_type == TensorProto.FLOAT and len(x.dims) > 1 and max(x.dims) > 24 for x in stored.values()
+        )
+
+
+def test_per_tensor_scales_are_scalars_and_channels_have_their_own(exported):
+    _, path = exported(4, 4, "per_tensor")
+    scales = {k: v for k, v in initializers(path).items() if k.startswith("12.weight_scale")}
+    assert [list(v.dims) for v in scales.values()] == [[]]
+    _, path = exported(4, 4, "per_channel")
+    assert list(initializers(path)["12.weight_scale"].dims) == [24]
+
+
+def test_below_opset_21_there_is_no_int4(tmp_path):
+    model = calibrated(network(), images(), weight_bits=3, activation_bits=3)
+    export_onnx(model, tmp_path / "18.onnx", images(2), opset_version=18)
+    assert {x.data_type for x in initializers(tmp_path / "18.onnx").values()} >= {TensorProto.INT8}
+    assert not {x.data_type for x in initializers(tmp_path / "18.onnx").values()} & {TensorProto.INT4}
+    assert onnx.load(tmp_path / "18.onnx").opset_import[0].version == 18
+    assert_close(run(tmp_path / "18.onnx", images(100))[0], outputs(model, images(100)))
+
+
+def test_quantizers_stand_behind_the_layers(exported):
+    for bits in (8, 3):
+        _, path = exported(8, bits)
+        graph = onnx.load(path).graph
+        producers = {output: node for node in graph.node for output in node.output}
+        above = [
+            producers[n.input[0]].op_type for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] != "input"
+        ]
+        # ReLU6, max pooling and padding; ReLU; Hardtanh and Flatten have let them pass
+        assert set(above) <= {"Conv", "Sum", "Add", "Relu"}
+        assert operators(path)["BatchNormalization"] == 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_the_batch_is_open(exported, rows):
+    model, path = exported(4, 4)
+    assert session(path).get_inputs()[0].shape == ["batch", 3, 8, 8]
+    assert session(path).get_outputs()[0].shape == ["batch", 10]
+    assert_close(run(path, images(rows))[0], outputs(model, images(rows)))
+
+
+def test_a_fixed_batch_and_an_example_of_one_row(tmp_path):
+    model = calibrated(network(), images(), weight_bits=4)
+    export_onnx(model, tmp_path / "fixed.onnx", images(1), dynamic_batch=False)
+    assert session(tmp_path / "fixed.onnx").get_inputs()[0].shape == [1, 3, 8, 8]
+    export_onnx(model, tmp_path / "open.onnx", images(1))
+    assert_close(run(tmp_path / "open.onnx", images(3))[0], outputs(model, images(3)))
+
+
+def test_a_weight_in_full_precision_stays_so(tmp_path):
+    # ONNX Runtime quantizes such weights by itself, where it finds them between quantized tensors
+    rules = tuple(LayerRule(pattern=name, weight_bits=None) for name in ("0", "5", "12"))
+    model = calibrated(network(), images(), weight_bits=3, activation_bits=8, rules=rules)
+    export_onnx(model, tmp_path / "model.onnx", images(2))
+    expected, y = outputs(model, images()), run(tmp_path / "model.onnx", images())[0]
+    assert ((y - expected).abs().amax(1) > 2e-6 * expected.abs().max()).sum() <= 5
+
+
+def test_frozen_weights_come_out_as_they_froze(tmp_path):
+    module = ConvModule()
+    qat = QuantizationAwareTraining(2, 3, first_last_bits=None, scale_learning_rate=0.01)
+    trainer([qat, IterativeFreezing(0.12, 0.11, momentum=0.05)], max_epochs=6).fit(module, Data())
+    export_onnx(module, tmp_path / "model.onnx", torch.randn(2, 1, 6, 6), fold_batch_norm=False)
+    stored, frozen = initializers(tmp_path / "model.onnx"), 0
+    for name, state in oscillation_states(module).items():
+        integers = torch.from_numpy(numpy_helper.to_array(stored[f"{name}.weight"]).astype(np.int8))
+        assert torch.equal(integers[state.frozen], state.weight_int[state.frozen])
+        frozen += int(state.frozen.sum())
+    assert frozen > 0
+
+
+class Pair(nn.Module):
+    """Two inputs, one by keyword, and named outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(6, 5), nn.Linear(4, 5)
+
+    def forward(self, left, *, right, scale=None):
+        total = self.left(left) + self.right(right)
+        return {"total": total if scale is None else total * scale, "parts": (left.sum(1), right.sum(1))}
+
+
+def test_keywords_several_inputs_and_named_outputs(tmp_path):
+    a, b = torch.randn(8, 6), torch.randn(8, 4)
+    model = calibrated_with(Pair(), left=a, right=b)
+    export_onnx(model, tmp_path / "pair.onnx", {"left": a, "right": b})
+    s = session(tmp_path / "pair.onnx")
+    assert [i.name for i in s.get_inputs()] == ["left", "right"]
+    assert [o.name for o in s.get_outputs()] == ["total", "parts_0", "parts_1"]
+    y = run(tmp_path / "pair.onnx", a[:3], b[:3])
+    expected = model(a[:3], right=b[:3])
+    assert_close(y[0], expected["total"].detach())
+    assert_close(y[2], expected["parts"][1])
+
+
+def calibrated_with(model, **kwargs):
+    class Call(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args):
+            return self.model(**kwargs)
+
+    return calibrated(Call(), None).model
+
+
+class OneDictionary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, batch):
+        return self.layer(batch["x"])
+
+
+def test_a_dictionary_that_is_one_argument_goes_into_a_tuple(tmp_path):
+    x = torch.randn(8, 4)
+    model = calibrated(OneDictionary(), {"x": x})
+    export_onnx(model, tmp_path / "model.onnx", ({"x": x},))
+    assert_close(run(tmp_path / "model.onnx", x)[0], outputs(model, {"x": x}))
+
+
+class Attention(nn.Module):
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **kwargs)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class CrossAttention(Attention):
+    def forward(self, x):
+        return self.attention(x, x.flip(1), 2 * x)[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.layer = kind(8, 6, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+class Words(nn.Module):
+    """An embedding whose weight the output layer shares."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, words):
+        return self.head(self.table(words))
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(20, 8, mode="sum"), nn.Linear(8, 3)
+
+    def forward(self, words):
+        return self.head(self.bag(words))
+
+
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Bilinear(8, 8, 3)
+
+    def forward(self, x):
+        return self.layer(x, x.flip(-1))
+
+
+SEQUENCES = (4, 5, 8)
+LAYERS = {
+    "attention": (Attention, SEQUENCES),
+    "attention without bias": (lambda: Attention(bias=False), SEQUENCES),
+    "cross attention": (CrossAttention, SEQUENCES),
+    "encoder layer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), SEQUENCES),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(3, 4, 3, 2, 1, 1), (2, 3, 5, 5)),
+    "transposed convolution in groups": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), (2, 4, 7)),
+    "transposed convolution and batch norm": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+        (4, 3, 5, 5),
+    ),
+    "linear and batch norm": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)),
+        (9, 6),
+    ),
+    "linear of sequences": (lambda: nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 2)), SEQUENCES),
+    "embedding": (Words, None),
+    "embedding bag": (Bag, None),
+    "bilinear": (Both, (4, 8)),
+    "gru": (lambda: Recurrent(nn.GRU), SEQUENCES),
+    "lstm": (lambda: Recurrent(nn.LSTM), SEQUENCES),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4)),
+}
+
+
+PER_TENSOR = ("attention", "embedding", "transposed convolution and batch norm", "linear of sequences")
+
+
+@pytest.mark.filterwarnings("ignore:.*batch_first.*")
+@pytest.mark.parametrize(
+    ("name", "granularity"), [(n, "per_channel") for n in LAYERS] + [(n, "per_tensor") for n in PER_TENSOR]
+)
+def test_other_layers(name, granularity, tmp_path):
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    x = torch.randint(20, (4, 5)) if shape is None else torch.randn(shape)
+    model = make()
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        model(torch.randn(shape))
+    model = calibrated(model.eval(), x, weight_bits=4, activation_bits=5, weight_granularity=granularity)
+    export_onnx(model, tmp_path / "model.onnx", x)
+    expected = outputs(model, x)
+    for optimized in (False, True):
+        assert_close(run(tmp_path / "model.onnx", x, optimized=optimized)[0], expected, 1e-5)
+    if shape is not None and name != "transposed convolution in groups":
+        assert operators(tmp_path / "model.onnx")["BatchNormalization"] == 0
+
+
+@st.composite
+def convolutions(draw):
+    """A convolution or a linear layer of any shape, and the shape of an input."""
+    kind = draw(st.sampled_from(["Linear", "Conv1d", "Conv2d", "ConvTranspose1d", "ConvTranspose2d"]))
+    batch, bias = draw(st.integers(1, 4)), draw(st.booleans())
+    if kind == "Linear":
+        dims = draw(st.integers(0, 2))
+        inputs = draw(st.integers(1, 9))
+        return nn.Linear(inputs, draw(st.integers(1, 6)), bias=bias), (batch, *[3] * dims, inputs)
+    groups = draw(st.sampled_from([1, 2, 3]))
+    inputs, outs = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    kernel, stride = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    keywords = {"stride": stride, "groups": groups, "bias": bias, "padding": draw(st.integers(0, kernel - 1))}
+    if "Transpose" not in kind:
+        modes = ["zeros", "reflect", "replicate", "circular"]
+        keywords |= {"padding_mode": draw(st.sampled_from(modes)), "dilation": draw(st.integers(1, 2))}
+        if keywords["padding_mode"] != "zeros":
+            keywords["dilation"] = 1
+    return getattr(nn, kind)(inputs, outs, kernel, **keywords), (
+        batch,
+        inputs,
+        *[draw(st.integers(5, 7))] * int(kind[-2]),
+    )
+
+
+ANY = (
+    convolutions(),
+    st.integers(2, 8),
+    st.sampled_from([None, *range(2, 9)]),
+    st.sampled_from(["per_tensor", "per_channel"]),
+    st.sampled_from([None, "relu", "hardtanh"]),
+    st.integers(0, 2**31),
+)
+
+
+def examples(n):
+    """A search; a failure is reported as it was found, since an export takes a second."""
+    return settings(
+        max_examples=n,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+    )
+
+
+def check_any_layer(tmp_path_factory, layer_and_shape, weight_bits, activation_bits, granularity, activation, seed):
+    layer, shape = layer_and_shape
+    torch.manual_seed(seed)
+    layer = copy.deepcopy(layer)
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    # what is behind it is a quantizer, which ONNX Runtime may compute with the layer
+    activations = {None: nn.Identity(), "relu": nn.ReLU(), "hardtanh": nn.Hardtanh(-0.5, 0.7)}
+    features = layer(torch.zeros(shape)).shape[-1]
+    x = torch.randn(shape) + (1.0 if seed % 2 else 0.0)
+    model = nn.Sequential(layer, activations[activation], nn.Linear(features, 3)).eval()
+    bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    model = calibrated(model, x, weight_granularity=granularity, **bits)
+    path = tmp_path_factory.mktemp("any") / "model.onnx"
+    export_onnx(model, path, x)
+    x = 1.3 * torch.randn(2 * len(x), *shape[1:])
+    expected = outputs(model, x)
+    step = 0.0
+    if activation_bits is not None:  # one integer of the second layer's input may be at a tie, or next to an int32 bias
+        step = (model[2].input_quantizer.scale * model[2].weight.abs().max()).item()
+    for optimized in (False, True):
+        error = (run(path, x, optimized=optimized)[0] - expected).abs().flatten()
+        near = 1e-5 * expected.abs().max() + 1e-7
+        off = error > near
+        if optimized and activation_bits is not None and weight_bits + activation_bits >= 12:
+            assert (error <= near + 3 * step).all()
+        else:
+            assert off.float().mean() <= 0.02 + 3 / len(error)
+            assert (error <= near + 1.5 * step).all()
+
+
+@examples(10)
+@given(*ANY)
+def test_any_layer(tmp_path_factory, layer_and_shape, weight_bits, activation_bits, granularity, activation, seed):
+    check_any_layer(tmp_path_factory, layer_and_shape, weight_bits, activation_bits, granularity, activation, seed)
+
+
+@pytest.mark.slow
+@examples(300)
+@given(*ANY)
+def test_many_layers(tmp_path_factory, layer_and_shape, weight_bits, activation_bits, granularity, activation, seed):
+    check_any_layer(tmp_path_factory, layer_and_shape, weight_bits, activation_bits, granularity, activation, seed)
+
+
+def test_a_model_without_ranges_is_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="has none"):
+        export_onnx(model, tmp_path / "x.onnx", torch.ones(2, 3))
+    quantize_model(model, QuantConfig())
+    with pytest.raises(ValueError, match="quantizers with ranges"):
+        export_onnx(model, tmp_path / "x.onnx", torch.ones(2, 3))
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_are_refused_by_name(tmp_path):
+    model = calibrated(nn.Sequential(nn.Linear(3, 2)), torch.randn(4, 3))
+    with pytest.raises(ValueError, match="opset_version must be at least 18, got 17"):
+        export_onnx(model, tmp_path / "x.onnx", torch.ones(2, 3), opset_version=17)
+    with pytest.raises(ValueError, match=r"torch\.float32.*torch\.float64"):
+        export_onnx(model.double(), tmp_path / "x.onnx", torch.ones(2, 3).double())
+
+
+def test_missing_packages_name_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_qat_osc.export.onnx.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"onnx and onnxscript.*lightning-qat-osc\[onnx\]"):
+        export_onnx(nn.Linear(3, 2), tmp_path / "x.onnx", torch.ones(2, 3))
+
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else x
+
+
+class Inverse(Branch):
+    def forward(self, x):
+        return torch.linalg.eigvals(self.layer(x)[:2, :2]).real
+
+
+def test_what_torch_cannot_export_is_named_and_leaves_the_earlier_file(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"earlier")
+    for model in (Branch(), Inverse()):
+        model = calibrated(model, torch.ones(4, 3))
+        with pytest.raises(RuntimeError, match=f"cannot export {type(model).__name__}"):
+            export_onnx(model, path, torch.ones(4, 3), dynamic_batch=False)
+    assert path.read_bytes() == b"earlier"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_module_is_left_as_it_is(tmp_path):
+    model = calibrated(network(), images(), weight_bits=4).train()
+    before = copy.deepcopy(model.state_dict())
+    export_onnx(model, tmp_path / "model.onnx", images(2))
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    text = (tmp_path / "model.onnx").read_bytes()
+    assert b".py" not in text  # no paths of source files

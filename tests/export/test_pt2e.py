@@ -1,0 +1,129 @@
+"""The torch.export form: integer weights, operators that backends know, outputs of the graph and of its lowering."""
+
+import collections
+import copy
+
+import pytest
+import torch
+from calibrated import calibrated
+from sessions import assert_close
+from test_onnx import CrossAttention, Words, images, network, outputs
+from torch import nn
+
+from lightning_qat_osc.export import integer_weights
+from lightning_qat_osc.export.pt2e import export_program
+
+quantized = torch.ops.quantized_decomposed
+
+
+def rows_that_differ(y, expected):
+    """Rows with more than rounding errors of sums: a value at the middle between two integers, to such errors."""
+    return int(((y - expected).abs().flatten(1).amax(1) > 2e-6 * expected.abs().max()).sum())
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 4), (3, 3), (2, None), (None, 5)])
+def test_the_program_computes_the_quantized_model(weight_bits, activation_bits, fold):
+    model = calibrated(network(), images(), weight_bits=weight_bits, activation_bits=activation_bits)
+    program = export_program(model, images(2), fold_batch_norm=fold)
+    x = 1.5 * images(500, seed=5)
+    assert rows_that_differ(outputs(program.module(), x), outputs(model, x)) <= 25  # multiplies by the reciprocal
+    operators = collections.Counter(node.target for node in program.graph.nodes)
+    assert operators[quantized.dequantize_per_channel.default] == (0 if weight_bits is None else 6)
+    assert operators[quantized.quantize_per_tensor.default] == (0 if activation_bits is None else 6)
+    assert operators[torch.ops.aten.batch_norm.default] == (0 if fold and weight_bits else 2)
+
+
+def test_weights_are_integers_under_the_float_models_keys():
+    model = calibrated(network(), images(), weight_bits=3)
+    state = export_program(model, images(2), fold_batch_norm=False).state_dict
+    for name, weight in integer_weights(model).items():
+        assert torch.equal(state[name], weight.values)
+        assert torch.equal(state[f"{name}_scale"], weight.scale.expand(len(weight.values)))
+    assert not [key for key, value in state.items() if "quantizer" in key or value.dtype == torch.float64]
+
+
+def test_grids_hold_outside_of_their_range():
+    model = calibrated(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(64, 4), weight_bits=4)
+    x = 20 * torch.randn(100, 4)
+    assert rows_that_differ(outputs(export_program(model, x).module(), x), outputs(model, x)) <= 2
+
+
+def test_int8_inputs_are_the_same_numbers():
+    model = calibrated(network(), images(), activation_bits=5)
+    unsigned, signed = (export_program(model, images(2), input_dtype=d) for d in (torch.uint8, torch.int8))
+    x = images(100)
+    assert torch.equal(outputs(unsigned.module(), x), outputs(signed.module(), x))
+    kinds = {n.args[5] for n in signed.graph.nodes if n.target == quantized.quantize_per_tensor.default}
+    assert kinds == {torch.int8}
+    with pytest.raises(ValueError, match=r"input_dtype must be torch.uint8 or torch.int8, got torch.int32"):
+        export_program(model, images(2), input_dtype=torch.int32)
+
+
+def test_a_program_is_saved_and_runs_without_the_models_class(tmp_path):
+    model = calibrated(network(), images())
+    torch.export.save(export_program(model, images(2)), tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    assert rows_that_differ(outputs(loaded, images(64)), outputs(model, images(64))) <= 3
+
+
+def test_shared_weights_and_attention():
+    for make, x in ((Words, torch.randint(20, (4, 5))), (CrossAttention, torch.randn(4, 5, 8))):
+        for granularity in ("per_tensor", "per_channel"):
+            torch.manual_seed(0)
+            model = calibrated(make(), x, weight_granularity=granularity)
+            assert_close(outputs(export_program(model, x).module(), x), outputs(model, x), 1e-5)
+
+
+def classifier():
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU6(),
+        nn.Conv2d(16, 32, 3, stride=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 24),
+        nn.ReLU(),
+        nn.Linear(24, 10),
+    )
+    model(images())
+    return model.eval()
+
+
+def lowered(model, x):
+    lowering = pytest.importorskip("torchao.quantization.pt2e.lowering")
+    with torch.no_grad():
+        program = export_program(model, x, dynamic_batch=False)
+        return lowering.lower_pt2e_quantized_to_x86(program.module(), (copy.deepcopy(x),))
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 4), (2, 3)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_torchao_lowers_it_to_integer_kernels(weight_bits, activation_bits, granularity):
+    bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    model = calibrated(classifier(), images(), weight_granularity=granularity, **bits)
+    x = 3 * images(64, seed=5)  # beyond the grids
+    graph = lowered(model, x)
+    kernels = [str(n.target) for n in graph.graph.nodes if str(n.target).startswith(("onednn.qconv", "onednn.qlinear"))]
+    assert len(kernels) == 4
+    expected, y = outputs(model, x), outputs(graph, x)
+    assert rows_that_differ(y, expected) <= 6
+    assert (y - expected).abs().max() < 0.5 * expected.std()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("bits", [8, 3])
+def test_inductor_compiles_the_program(bits):
+    from torch._inductor import config
+
+    model = calibrated(network(), images(), weight_bits=bits, activation_bits=bits)
+    x = 3 * images(64, seed=5)
+    program = export_program(model, x, dynamic_batch=False)
+    with config.patch(freezing=True), torch.no_grad():
+        y = torch.compile(program.module())(x)
+    assert rows_that_differ(y, outputs(model, x)) <= 6

@@ -1,0 +1,266 @@
+"""The command: inspect, export and compare, from checkpoints of every kind."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from models import ConvModule, Data, trainer
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_qat_osc import (
+    IterativeFreezing,
+    OscillationTracking,
+    QuantizationAwareTraining,
+    load_quantized,
+    oscillation_states,
+)
+from lightning_qat_osc.checkpoints import config_of_state, inspect_checkpoint
+from lightning_qat_osc.cli import main
+from lightning_qat_osc.export import convert, load_packed, save_packed
+from lightning_qat_osc.export.convert import copied
+from lightning_qat_osc.lookup import quantized_layers
+
+pytest.importorskip("safetensors")
+pytestmark = pytest.mark.filterwarnings("ignore:.*below twice the momentum.*")
+
+X = torch.randn(5, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+class OfOne(nn.Module):
+    """Attention of a sequence to itself."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+class Wrapping(L.LightningModule):
+    """No forward, an argument that no checkpoint holds, a layer with two names and one weight for two."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.network = nn.Sequential(nn.Embedding(10, width), OfOne(width), nn.Linear(width, 10))
+        self.network[2].weight = self.network[0].weight
+        self.head = self.network[2]
+
+    def training_step(self, batch, batch_idx):
+        tokens = batch[1][:, None].expand(-1, 4)
+        return F.cross_entropy(self.network(tokens)[:, 0], batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class Save(L.Callback):
+    """Saves in the middle of an epoch, and keeps the module as it was."""
+
+    def __init__(self, folder):
+        self.folder, self.module = folder, None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 44:
+            trainer.save_checkpoint(self.folder / "middle.ckpt")
+            trainer.save_checkpoint(self.folder / "weights.ckpt", weights_only=True)
+            torch.save(pl_module.state_dict(), self.folder / "state.pt")
+            self.module = copied(pl_module)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Checkpoints from the middle of a run, and its module at that time."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    save = Save(folder)
+    callbacks = [
+        QuantizationAwareTraining(2, 3, scale_learning_rate=0.01, weight_granularity="per_channel"),
+        OscillationTracking(momentum=0.1),
+        IterativeFreezing(threshold=0.11, final_threshold=0.02),
+        save,
+    ]
+    trainer(callbacks, max_epochs=6).fit(ConvModule(lr=0.3), Data())
+    torch.save(X, folder / "x.pt")
+    return folder, save.module.eval()
+
+
+def test_inspection_says_what_the_module_holds(run):
+    folder, module = run
+    for file in ("middle.ckpt", "weights.ckpt", "state.pt"):
+        lines = {line.name: line for line in inspect_checkpoint(folder / file)}
+        assert list(lines) == ["stem", "depthwise", "point", "head"]
+        assert sum(line.frozen or 0.0 for line in lines.values()) > 0
+        for name, layer in quantized_layers(module).items():
+            q, line = layer.weight_quantizer, lines[name]
+            assert line.shape == list(layer.weight.shape)
+            assert line.bits == q.bits
+            assert line.scale == pytest.approx(q.scale.mean().item())
+            assert line.activation_bits == [None if name == "stem" else layer.input_quantizer.bits]
+            w, w_q = layer.weight.double(), q(layer.weight).double()
+            assert line.sqnr == pytest.approx(
+                10 * np.log10((w**2).sum().item() / ((w - w_q) ** 2).sum().item()), abs=1e-3
+            )
+            assert line.float_bytes == 4 * w.numel()
+            assert line.packed_bytes == -(-w.numel() * q.bits // 8) + 4 * q.scale.numel()
+            if q.bits == 8:
+                assert line.oscillating is line.frozen is None
+            else:
+                state = oscillation_states(module)[name]
+                assert line.frozen == pytest.approx(state.frozen.double().mean().item())
+                assert line.oscillating == pytest.approx((state.frequency > 0.005).double().mean().item())
+
+
+def test_inspect_prints_a_table(run, capsys):
+    folder, _ = run
+    assert main(["inspect", str(folder / "middle.ckpt")]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "epoch 5, optimizer step 44"
+    assert out[1].split()[:2] == ["layer", "weight"]
+    assert out[3].split()[:3] == ["depthwise", "4x1x3x3", "2"]
+    # 128 weights; 77 bytes of integers, and 19 scales
+    assert out[6].split() == ["total", "512", "B", "153", "B"]
+
+
+def test_inspect_needs_nothing_but_the_file(run, tmp_path):
+    """In a process of its own, in which the module's class cannot be imported, and no callback is."""
+    folder, _ = run
+    command = [sys.executable, "-m", "lightning_qat_osc.cli", "inspect", str(folder / "middle.ckpt")]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert "depthwise" in result.stdout
+
+
+@pytest.mark.parametrize("checkpoint", ["middle.ckpt", "weights.ckpt"])
+def test_export_to_packed(checkpoint, run, tmp_path, capsys):
+    folder, module = run
+    output = tmp_path / "model.safetensors"
+    arguments = ["export", str(folder / checkpoint), "--module", "models.ConvModule", "--to", "packed"]
+    assert main([*arguments, "--output", str(output)]) == 0
+    assert torch.equal(load_packed(output, ConvModule())(X), module(X))
+    assert capsys.readouterr().out == f"{output}: {output.stat().st_size} bytes\n"
+
+
+def test_export_beside_the_checkpoint(run):
+    folder, module = run
+    arguments = ["export", str(folder / "middle.ckpt"), "--module", "models:ConvModule", "--to", "torch"]
+    assert main([*arguments, "--input", str(folder / "x.pt")]) == 0
+    out = torch.export.load(folder / "middle.pt2").module()(X)
+    assert (out - module(X)).abs().mean() < 1e-2
+
+
+@pytest.mark.parametrize("suffix", [None, ".safetensors", ".pt2", ".onnx"])
+def test_compare(suffix, run, tmp_path, capsys):
+    folder, _ = run
+    module = ["--module", "models.ConvModule"]
+    exported = []
+    if suffix is not None:
+        to = {".safetensors": "packed", ".pt2": "torch", ".onnx": "onnx"}[suffix]
+        if to == "onnx":
+            pytest.importorskip("onnxruntime")
+        exported = ["--exported", str(tmp_path / f"model{suffix}")]
+        main(
+            [
+                "export",
+                str(folder / "middle.ckpt"),
+                *module,
+                "--to",
+                to,
+                "--input",
+                str(folder / "x.pt"),
+                "--output",
+                exported[1],
+            ]
+        )
+        capsys.readouterr()
+    assert main(["compare", str(folder / "middle.ckpt"), *module, "--data", str(folder / "x.pt"), *exported]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split("  ")[0]: line.split() for line in lines[1:6]}
+    assert list(rows) == ["stem", "depthwise", "point", "head", "(output)"]
+    assert 0 < float(rows["head"][1]) < 40
+    if suffix in (None, ".safetensors"):
+        assert all(row[2:] == ["inf", "0"] for row in rows.values())
+    else:
+        assert all(len(row) == 2 for name, row in rows.items() if name != "(output)")
+        assert float(rows["(output)"][2]) > 20
+    values = {line.split()[0]: line.split()[1:] for line in lines[-3:]}
+    assert list(values) == ["float", "quantized", "exported"]
+    assert len(values["float"]) == 8
+
+
+def test_compare_says_where_outputs_part(run, tmp_path, capsys):
+    folder, _ = run
+    other = load_quantized(ConvModule, folder / "middle.ckpt")
+    with torch.no_grad():
+        other.point.bias[0] += 0.5
+    save_packed(other, tmp_path / "other.safetensors")
+    data = ["--data", str(folder / "x.pt"), "--exported", str(tmp_path / "other.safetensors")]
+    assert main(["compare", str(folder / "middle.ckpt"), "--module", "models.ConvModule", *data]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("parts here")] == ["point"]
+    assert next(line for line in lines if line.startswith("point")).split()[3] == "0.5"
+
+
+def test_a_part_of_a_module_with_arguments_and_shared_weights(tmp_path, capsys):
+    module = Wrapping(8)
+    callbacks = [QuantizationAwareTraining(4, 8, first_last_bits=None)]
+    t = trainer(callbacks, max_epochs=1, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="validation"):
+        t.fit(module, Data())
+    tokens = torch.randint(0, 10, (3, 4))
+    np.savez(tmp_path / "tokens.npz", input=tokens.numpy())
+    for name, weights_only in (("full.ckpt", False), ("weights.ckpt", True)):
+        t.save_checkpoint(tmp_path / name, weights_only=weights_only)
+        common = [str(tmp_path / name), "--module", "test_command_line.Wrapping", "--module-args", '{"width": 8}']
+        common += ["--network", "network"]
+        assert main(["export", *common, "--to", "packed", "--output", str(tmp_path / "out.safetensors")]) == 0
+        loaded = load_packed(tmp_path / "out.safetensors", Wrapping(8).network)
+        assert torch.equal(loaded(tokens), module.eval().network(tokens))
+        capsys.readouterr()
+        assert main(["compare", *common, "--data", str(tmp_path / "tokens.npz")]) == 0
+        assert "1.attention.out_proj" in capsys.readouterr().out
+    names = [line.name for line in inspect_checkpoint(tmp_path / "full.ckpt")]
+    assert names == ["network.0", "network.1.attention.out_proj", "network.1.attention.in_proj_weight"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "none.ckpt"], "inspect: .*No such file"),
+        (["inspect", "float.pt"], "float.pt must be a checkpoint of a quantized module, and it has no quantizers"),
+        (["inspect", "unsafe.pt"], "weights_only"),
+        (["export", "state.ckpt", "--module", "models.ConvModule", "--to", "onnx"], "--input must be given for 'onnx'"),
+        (["export", "state.ckpt", "--module", "models.Data", "--to", "packed"], "--module must be .* got models.Data"),
+        (["export", "state.ckpt", "--module", "nowhere.Module", "--to", "packed"], "No module named 'nowhere'"),
+        (
+            ["export", "state.ckpt", "--module", "models.ConvModule", "--to", "packed", "--network", "x"],
+            "no attribute `x`",
+        ),
+    ],
+)
+def test_errors_are_one_line(arguments, words, run, tmp_path, monkeypatch, capsys):
+    folder, _ = run
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "state.ckpt").write_bytes((folder / "middle.ckpt").read_bytes())
+    torch.save({"weight": torch.ones(2)}, tmp_path / "float.pt")
+    torch.save(ConvModule(), tmp_path / "unsafe.pt")
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.search(words, captured.err)
+    assert captured.err.startswith(f"lightning-qat-osc {arguments[0]}: ")
+
+
+def test_the_configuration_of_a_state_gives_the_quantizers_back(run):
+    folder, module = run
+    config = config_of_state(module.state_dict())
+    assert config.weight_granularity == "per_channel"
+    again = load_quantized(ConvModule, folder / "weights.ckpt", config).eval()
+    assert torch.equal(again(X), module(X))
+    assert torch.equal(convert(again)(X), module(X))
