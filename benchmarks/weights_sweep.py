@@ -1,0 +1,105 @@
+"""Tracking, dampening and freezing of many weights, without a network: a step, against optimizers and the authors'.
+
+``python benchmarks/weights_sweep.py`` prints a table for 25 million weights in layers of about a million and of four
+million, and the cost per weight from 1 to 100 million.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from authors import PlainTracker
+from racing import machine, race, table, timed
+from torch import nn
+
+from lightning_qat_osc import QuantConfig, quantize_model
+from lightning_qat_osc.calibration import Calibrator
+from lightning_qat_osc.lookup import QuantizedWeight, quantized_weights
+from lightning_qat_osc.sweep import add_dampening, advance_states, pass_on_frozen_gradients
+
+
+def tracked(layers: int, width: int) -> list[QuantizedWeight]:
+    """Weights of linear layers with gradients, a twentieth of them frozen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    config = QuantConfig(4, None, first_last_bits=None, weight_range="lsq")
+    Calibrator(quantize_model(model, config), config).finish()
+    weights = quantized_weights(model)
+    for w in weights:
+        w.weight.grad = 1e-3 * torch.randn_like(w.weight)
+        w.quantizer.scale_grad = torch.zeros_like(w.quantizer.scale)
+        state = w.quantizer.start_tracking(w.weight)
+        state.frozen = torch.rand_like(w.weight) < 0.05
+        state.hold_frozen(w.weight.detach(), w.quantizer.scale.detach())
+    return weights
+
+
+def sweep(weights: list[QuantizedWeight], fused: bool) -> Callable[[], None]:
+    """All that the oscillation callbacks do in a step."""
+
+    def step() -> None:
+        for w in weights:
+            w.quantizer.fused = fused
+        add_dampening(weights, 1e-6, "sum")
+        pass_on_frozen_gradients(weights)
+        advance_states(weights, 0.01, 0.5)
+
+    return step
+
+
+def compare(layers: int, width: int, rounds: int) -> str:
+    """A table for one shape of the weights."""
+    weights = tracked(layers, width)
+    parameters = [w.weight for w in weights]
+    adamw = torch.optim.AdamW(parameters, lr=1e-9)
+    sgd = torch.optim.SGD(parameters, lr=1e-9, momentum=0.9)
+    trackers = [PlainTracker() for _ in weights]
+    copies = [torch.empty_like(p) for p in parameters]
+
+    @torch.no_grad()
+    def plain() -> None:
+        for tracker, w in zip(trackers, weights):
+            tracker((w.weight / w.quantizer.scale).round().clamp(-8, 7))
+
+    def copy() -> None:
+        torch._foreach_copy_(copies, [p.detach() for p in parameters])
+
+    results = race(
+        {
+            "AdamW": timed(adamw.step),
+            "SGD with momentum": timed(sgd.step),
+            "one copy of the weights": timed(copy),
+            "tracking, dampening and freezing": timed(sweep(weights, False)),
+            "the same, fused=True": timed(sweep(weights, True)),
+            "authors' tracker with freezing": timed(plain),
+        },
+        rounds,
+        warmup=2,
+    )
+    return table(f"{layers} layers of {width} x {width}", results)
+
+
+def per_weight(millions: tuple[int, ...], rounds: int) -> str:
+    """Nanoseconds for each weight, fused, by the number of weights."""
+    lines = ["| million weights | ns a weight, fused=True |", "|---|---|"]
+    for count in millions:
+        weights = tracked(count, 1024)
+        (result,) = race({"": timed(sweep(weights, True))}, rounds, warmup=2)
+        lines.append(f"| {count} | {result.median / (count * 1024**2) * 1e9:.2f} |")
+        del weights
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    rounds = parser.parse_args().rounds
+    print(machine())
+    print("", compare(24, 1024, rounds), compare(6, 2048, rounds), per_weight((1, 10, 25, 100), rounds), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
