@@ -20,6 +20,7 @@ from lightning_qat_osc import (
     QuantizationAwareTraining,
     quantize_model,
 )
+from lightning_qat_osc.callbacks import quantization_aware_training
 from lightning_qat_osc.lookup import quantized_layers, quantizers, scale_parameters
 
 
@@ -464,3 +465,16 @@ def test_an_exception_in_training_lets_go_of_everything():
         t.fit(module, Data())
     assert all(not m._forward_pre_hooks for m in module.modules())
     assert all(not o._optimizer_step_post_hooks for o in t.optimizers)
+
+
+@pytest.mark.parametrize("problem", [None, "RuntimeError: no compiler"])
+def test_fused_kernels_are_chosen_at_fit_and_do_without_a_compiler(problem, monkeypatch):
+    monkeypatch.setattr(quantization_aware_training, "why_nothing_compiles", lambda device: problem)
+    module = ConvModule()
+    t = trainer([QuantizationAwareTraining(3, 3, fused=True)], max_epochs=1)
+    if problem is None:
+        t.fit(module, Data())
+    else:
+        with pytest.warns(UserWarning, match="fused=True needs torch.compile, .* eagerly: RuntimeError: no compiler"):
+            t.fit(module, Data())
+    assert {q.fused for q in quantizers(module)} == {problem is None}

@@ -1,0 +1,164 @@
+"""What a step does to many weights at once, on every path, against slow loops and autograd."""
+
+import shutil
+
+import pytest
+import torch
+from reference import WeightLoop, fake_quantize_equation, masked_fake_quantize
+from torch import nn
+
+from lightning_qat_osc import QuantConfig, dampening_loss, fake_quantize, functional, quantize_model, sweep
+from lightning_qat_osc.calibration import Calibrator
+from lightning_qat_osc.kernels import why_nothing_compiles
+from lightning_qat_osc.lookup import quantized_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiled kernels need a C++ compiler")
+FUSED = [False, pytest.param(True, marks=needs_compiler)]
+PATHS = ["together", "alone"]
+
+
+@pytest.fixture
+def path(request, monkeypatch):
+    """Whether small weights are swept together or, as if they were large, alone and in blocks."""
+    for module in (sweep, functional):
+        monkeypatch.setattr(module, "SMALL", 2**15 if request.param == "together" else 0)
+    monkeypatch.setattr(sweep, "_BLOCK", 7)
+
+
+def weights_of(granularity, dtype, fused):
+    torch.manual_seed(0)
+    model = nn.ModuleList(
+        [
+            nn.Linear(6, 5),
+            nn.Conv2d(4, 3, 3).to(memory_format=torch.channels_last),
+            nn.ConvTranspose2d(3, 4, 2),
+            nn.Linear(3, 8),
+        ]
+    ).to(dtype)
+    config = QuantConfig(3, None, first_last_bits=None, weight_granularity=granularity)
+    Calibrator(quantize_model(model, config), config).finish()
+    weights = quantized_weights(model)
+    for w in weights:
+        w.quantizer.fused = fused
+        w.quantizer.start_tracking(w.weight)
+    return weights
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_are_those_of_slow_loops(path, fused, granularity, dtype):
+    weights = weights_of(granularity, dtype, fused)
+    loops = {w.name: [WeightLoop(z, 0.1) for z in w.quantizer.to_int(w.weight).flatten().tolist()] for w in weights}
+    for step in range(40):
+        threshold = 0.12 if step > 10 else float("inf")
+        for w in weights:
+            moved = w.weight.detach() + 0.7 * (-1) ** step * w.quantizer.scale.detach() * torch.rand(w.weight.shape)
+            w.weight.data.copy_(moved)
+            for loop, z in zip(loops[w.name], w.quantizer.to_int(w.weight).flatten().tolist()):
+                loop.threshold = threshold
+                loop.step(z)
+        sweep.advance_states(weights, 0.1, threshold)
+        for w in weights:
+            state = w.quantizer.oscillation
+            assert state.weight_int.flatten().tolist() == [loop.integer for loop in loops[w.name]]
+            assert state.frozen.flatten().tolist() == [loop.frozen for loop in loops[w.name]]
+            assert state.direction[~state.frozen].tolist() == [
+                loop.last_direction for loop in loops[w.name] if not loop.frozen
+            ]
+            assert state.frequency.flatten().tolist() == pytest.approx([x.frequency for x in loops[w.name]], abs=1e-6)
+            assert state.ema_int.flatten().tolist() == pytest.approx([x.ema for x in loops[w.name]], abs=1e-5)
+            held = (w.quantizer.scale.detach() * state.weight_int).to(dtype)
+            assert torch.equal(w.weight.detach()[state.frozen], held[state.frozen])
+    assert all(0 < w.quantizer.oscillation.frozen.sum() < w.weight.numel() for w in weights)
+
+
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_tracking_alone_leaves_weights_and_masks_alone(path):
+    weights = weights_of("per_tensor", torch.float32, False)
+    for w in weights:
+        w.quantizer.oscillation.frequency.fill_(0.9)
+    before = [w.weight.detach().clone() for w in weights]
+    sweep.advance_states(weights, 0.1)
+    assert all(torch.equal(w.weight.detach(), b) for w, b in zip(weights, before))
+    assert not any(w.quantizer.oscillation.frozen.any() for w in weights)
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("aggregation", ["sum", "kernel_mean"])
+def test_dampening_adds_autograds_gradient_of_the_printed_loss(path, fused, granularity, aggregation):
+    weights = weights_of(granularity, torch.float32, fused)
+    expected = []
+    for w in weights:
+        q = w.quantizer
+        w.weight.data.mul_(1.5)  # some are outside the grid
+        (0.3 * dampening_loss(w.weight, q.scale.detach(), q.quant_min, q.quant_max, aggregation)).backward()
+        expected.append(w.weight.grad.clone() + 1.0)
+        w.weight.grad = torch.ones_like(w.weight)
+    sweep.add_dampening(weights, 0.3, aggregation)
+    for w, gradient in zip(weights, expected):
+        assert torch.allclose(w.weight.grad, gradient, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_frozen_gradients_are_autograds_of_the_masked_forward(path, fused, granularity):
+    weights = weights_of(granularity, torch.float32, fused)
+    expected = []
+    for w in weights:
+        q, state = w.quantizer, w.quantizer.oscillation
+        state.frozen = torch.rand(w.weight.shape) < 0.5
+        state.hold_frozen(w.weight.detach(), q.scale.detach())
+        upstream = torch.randn(w.weight.shape)
+        masked = masked_fake_quantize(w.weight, q.scale, q.quant_min, q.quant_max, state.frozen, state.weight_int)
+        expected.append(torch.autograd.grad(masked, (w.weight, q.scale), upstream))
+        got = torch.autograd.grad(q(w.weight), (w.weight, q.scale), upstream)
+        w.weight.grad, q.scale_grad = got
+    sweep.pass_on_frozen_gradients(weights)
+    for w, (of_weight, of_scale) in zip(weights, expected):
+        assert torch.allclose(w.weight.grad, torch.where(w.quantizer.oscillation.frozen, 0.0, of_weight))
+        assert torch.allclose(w.quantizer.scale_grad, of_scale, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("path", ["alone"], indirect=True)
+@pytest.mark.parametrize("shape", [(4, 3, 5, 5), (6, 40)], ids=str)
+@pytest.mark.parametrize("groups", ["one", "rows", "columns"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_fused_gradients_are_autograds_of_the_equation(path, shape, groups, channels_last):
+    torch.manual_seed(1)
+    x = 3 * torch.randn(shape)
+    if channels_last and len(shape) == 4:
+        x = x.to(memory_format=torch.channels_last)
+    sizes = {"one": [1], "rows": [shape[0], *[1] * (len(shape) - 1)], "columns": [1, shape[1], *[1] * (len(shape) - 2)]}
+    scale = 0.2 + 0.2 * torch.rand(sizes[groups])
+    upstream = torch.randn(shape)
+    results = []
+    for function in (
+        lambda a, s: fake_quantize_equation(a, s, -5, 10),
+        lambda a, s: fake_quantize(a, s, 0, 15, 5, fused=True),
+    ):
+        a, s = x.clone().requires_grad_(), scale.clone().requires_grad_()
+        out = function(a, s)
+        results.append((out, *torch.autograd.grad(out, (a, s), upstream)))
+    for got, wanted in zip(results[1], results[0]):
+        assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    assert results[1][0].stride() == x.stride()
+
+
+@needs_compiler
+def test_a_compiler_that_is_there_has_no_problem():
+    assert why_nothing_compiles(torch.device("cpu")) is None
+
+
+def test_what_fails_to_compile_is_told(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert why_nothing_compiles(torch.device("cpu")) == "RuntimeError: no compiler"
