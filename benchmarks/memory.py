@@ -6,6 +6,7 @@ optimizer state, in MiB, and with these its ratio to full precision.
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -89,8 +90,10 @@ def measure(workload: Workload) -> str:
 
 def main() -> None:
     """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", default=["conv net"], choices=list(WORKLOADS))
     print(f"torch {torch.__version__}")
-    for name in ("conv net", "ViT-Tiny"):
+    for name in parser.parse_args().networks:
         print(f"\n{measure(WORKLOADS[name])}", flush=True)
 
 

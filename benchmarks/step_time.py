@@ -65,14 +65,14 @@ def compiled_ratio(results: list[Result]) -> str:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of 10 steps for each contender")
-    parser.add_argument("--networks", nargs="+", default=["conv net", "ViT-Tiny"], choices=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of 10 steps for each contender")
+    parser.add_argument("--networks", nargs="+", default=["conv net"], choices=list(WORKLOADS))
     arguments = parser.parse_args()
     print(machine())
     for name in arguments.networks:
         images = WORKLOADS[name].batch().dim() == 4 and name == "conv net"
         for memory_format in (torch.contiguous_format, torch.channels_last)[: 1 + images]:
-            results = race(contenders(WORKLOADS[name], memory_format), arguments.rounds, warmup=2)
+            results = race(contenders(WORKLOADS[name], memory_format), arguments.rounds, warmup=1)
             layout = ", channels_last" if memory_format == torch.channels_last else ""
             print(f"\n{table(f'{name}{layout}', results)}\n\n{compiled_ratio(results)}", flush=True)
 

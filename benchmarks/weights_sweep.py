@@ -95,7 +95,7 @@ def per_weight(millions: tuple[int, ...], rounds: int) -> str:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     print(machine())
     print("", compare(24, 1024, rounds), compare(6, 2048, rounds), per_weight((1, 10, 25, 100), rounds), sep="\n\n")

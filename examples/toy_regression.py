@@ -177,7 +177,7 @@ def simulate(
     state = OscillationState(quantize_to_int(latent, SCALE, QUANT_MIN, QUANT_MAX))
     history: list[tuple[Tensor, ...]] = []
     for step in range(steps):
-        before = state.weight_int
+        before = state.weight_int.clone()
         gradient = regression_gradient(latent, optimum)
         gradient = gradient * estimator(gradient, latent / SCALE - before)
         gradient = gradient + dampening * dampening_gradient(latent, SCALE, QUANT_MIN, QUANT_MAX)
@@ -188,8 +188,8 @@ def simulate(
             state.hold_frozen(latent, SCALE)
         changed = state.weight_int != before
         # the two averages change in place
-        averages = state.frequency.clone(), state.ema_int.clone()
-        history.append((latent, state.weight_int, changed, *averages, state.frozen))
+        integers, averages = state.weight_int.clone(), (state.frequency.clone(), state.ema_int.clone())
+        history.append((latent, integers, changed, *averages, state.frozen.clone()))
     return Trace(*(torch.stack(values) for values in zip(*history)))
 
 

@@ -206,6 +206,9 @@ def main() -> None:
     (a.folder / f"rank{t.global_rank}.json").write_text(json.dumps(report(module, look)))
     if a.save is not None:
         t.save_checkpoint(a.save)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()  # a process that ends early takes the connections of the other with it
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
