@@ -31,6 +31,15 @@ def _conv_bn(channels_in: int, channels_out: int, kernel: int, stride: int = 1, 
     return [conv, nn.BatchNorm2d(channels_out)]
 
 
+class _Layers(nn.Sequential):
+    """Layers one after the other; in a Sequential of torch's own, torch.compile sees a graph for each of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 class InvertedResidual(nn.Module):
     """MobileNetV2's block: expand, filter depthwise, project; a residual where the shapes allow."""
 
@@ -38,7 +47,7 @@ class InvertedResidual(nn.Module):
         super().__init__()
         hidden = channels_in * expansion
         self.residual = stride == 1 and channels_in == channels_out
-        self.layers = nn.Sequential(
+        self.layers = _Layers(
             *_conv_bn(channels_in, hidden, 1),
             nn.ReLU6(),
             *_conv_bn(hidden, hidden, 3, stride, groups=hidden),
@@ -54,7 +63,7 @@ class InvertedResidual(nn.Module):
 
 def conv_net() -> nn.Module:
     """A MobileNetV2 of 48 thousand parameters for images of 28x28 pixels, 18 quantized layers."""
-    return nn.Sequential(
+    return _Layers(
         *_conv_bn(1, 16, 3),
         nn.ReLU6(),
         InvertedResidual(16, 16, 1, 3),

@@ -21,7 +21,7 @@ from lightning_qat_osc.sharding import is_sharded
 
 __all__ = ["add_dampening", "advance_states", "pass_on_frozen_gradients"]
 
-_BLOCK = 2**16  # elements that stay in a CPU's cache from one operation to the next
+_BLOCK = 2**17  # elements that stay in a CPU's cache from one operation to the next
 
 
 @torch.no_grad()
