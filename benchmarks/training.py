@@ -6,8 +6,6 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable
-from copy import deepcopy
 from itertools import pairwise
 from typing import Any
 
@@ -141,11 +139,3 @@ def quantized(workload: Workload, config: QuantConfig | None = None) -> nn.Modul
         network(workload.batch())
     calibrator.finish()
     return network
-
-
-def copies(network: nn.Module, count: int) -> list[nn.Module]:
-    """Independent copies."""
-    return [deepcopy(network) for _ in range(count)]
-
-
-Make = Callable[[Workload], nn.Module]

@@ -122,6 +122,8 @@ class QuantizationAwareTraining(pl.Callback):
         )
         check_count("calibration_batches", calibration_batches)
         check_number("scale_learning_rate", scale_learning_rate, low=0.0)
+        if not isinstance(fused, bool):
+            raise TypeError(f"fused must be True or False, got {fused!r}")
         self.calibration_batches = calibration_batches
         self.scale_learning_rate = scale_learning_rate
         self.fused = fused

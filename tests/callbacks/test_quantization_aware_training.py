@@ -478,3 +478,8 @@ def test_fused_kernels_are_chosen_at_fit_and_do_without_a_compiler(problem, monk
         with pytest.warns(UserWarning, match="fused=True needs torch.compile, .* eagerly: RuntimeError: no compiler"):
             t.fit(module, Data())
     assert {q.fused for q in quantizers(module)} == {problem is None}
+
+
+def test_fused_is_a_truth_value():
+    with pytest.raises(TypeError, match="fused must be True or False, got 'yes'"):
+        QuantizationAwareTraining(fused="yes")
