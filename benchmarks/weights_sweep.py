@@ -17,7 +17,7 @@ from torch import nn
 from lightning_qat_osc import QuantConfig, quantize_model
 from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.lookup import QuantizedWeight, quantized_weights
-from lightning_qat_osc.sweep import add_dampening, advance_states, pass_on_frozen_gradients
+from lightning_qat_osc.sweep import advance_states, dampen_and_pass_on, in_batches
 
 
 def tracked(layers: int, width: int) -> list[QuantizedWeight]:
@@ -38,13 +38,13 @@ def tracked(layers: int, width: int) -> list[QuantizedWeight]:
 
 def sweep(weights: list[QuantizedWeight], fused: bool) -> Callable[[], None]:
     """All that the oscillation callbacks do in a step."""
+    for w in weights:
+        w.quantizer.fused = fused
+    batches = in_batches(weights)
 
     def step() -> None:
-        for w in weights:
-            w.quantizer.fused = fused
-        add_dampening(weights, 1e-6, "sum")
-        pass_on_frozen_gradients(weights)
-        advance_states(weights, 0.01, 0.5)
+        dampen_and_pass_on(batches, 1e-6, "sum")
+        advance_states(batches, 0.01, 0.5)
 
     return step
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,9 +41,14 @@ def _where_inside(values: Tensor, v: Tensor, n: int, p: int) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return torch.where((v >= n) & (v <= p), values, 0.0)
-    below, above = _next_away_from_zero(n, -1.0, v.dtype), _next_away_from_zero(p, 1.0, v.dtype)
-    inside: Tensor = torch.ops.aten.hardtanh_backward(values.to(v.dtype), v, below, above)
-    return inside.to(values.dtype)
+    inside: Tensor = torch.ops.aten.hardtanh_backward.default(values, v, *_just_outside(n, p, v.dtype))
+    return inside
+
+
+@cache
+def _just_outside(n: int, p: int, dtype: torch.dtype) -> tuple[float, float]:
+    """The floating-point numbers next to the limits of a grid."""
+    return _next_away_from_zero(n, -1.0, dtype), _next_away_from_zero(p, 1.0, dtype)
 
 
 def _next_away_from_zero(limit: int, sign: float, dtype: torch.dtype) -> float:
@@ -64,12 +70,13 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Straight through for x inside the grid; for the scale round(v) - v inside, n or p outside."""
     v = x / scale
-    grad_x = _where_inside(grad, v, n, p) if of_x else None
+    wide = grad.to(v.dtype)
+    grad_x = _where_inside(wide, v, n, p).to(grad.dtype) if of_x else None
     grad_scale = None
     if of_scale:
         v_inside = _where_inside(v, v, n, p)
         dxq_ds = v.round_().clamp_(n, p).sub_(v_inside)
-        grad_scale = dxq_ds.mul_(grad).sum_to_size(scale.shape)
+        grad_scale = dxq_ds.mul_(wide).sum_to_size(scale.shape)
     return grad_x, grad_scale
 
 

@@ -9,8 +9,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-__all__ = ["SMALL", "compiled", "in_one_order", "memory", "why_nothing_compiles"]
+__all__ = ["SMALL", "compiled", "in_one_order", "joined_copy", "memory", "parted", "why_nothing_compiles"]
 
 SMALL = 2**15
 """Elements up to which a compiled kernel is not worth its call.
@@ -52,6 +53,16 @@ def memory(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(0, dtype=x.dtype, device=x.device).set_(
         x.untyped_storage(), x.storage_offset(), size, tuple(strides)
     )
+
+
+def joined_copy(tensors: Sequence[Tensor]) -> Tensor:
+    """The elements of several tensors of one dtype, one tensor behind the other."""
+    return cast(Tensor, _flatten_dense_tensors(tensors))  # type: ignore[no-untyped-call]
+
+
+def parted(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Views of joined elements, in the shapes of the tensors that they come from."""
+    return cast(Sequence[Tensor], _unflatten_dense_tensors(joined, like))  # type: ignore[no-untyped-call]
 
 
 def _formats(x: Tensor) -> Sequence[torch.memory_format]:

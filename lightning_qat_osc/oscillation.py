@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from lightning_qat_osc.sharding import sharded_like
 
-__all__ = ["OscillationState", "add_frozen_scale_gradient", "advance", "pass_on_gradient"]
+__all__ = ["OscillationState", "advance", "pass_on_gradient"]
 
 _TENSORS = ("weight_int", "direction", "frequency", "ema_int", "frozen")
 
@@ -112,7 +112,10 @@ class OscillationState(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in _TENSORS:
-            destination[prefix + name] = getattr(self, name)
+            tensor: Tensor = getattr(self, name)
+            # of memory that several states share, only the own part is to be saved
+            shares = tensor.untyped_storage().nbytes() > tensor.nbytes
+            destination[prefix + name] = tensor.clone() if shares else tensor
 
     def _load_from_state_dict(
         self,
@@ -162,14 +165,15 @@ def _freeze(
     return z + newly_frozen * (ema_int.round() - z), frozen + newly_frozen
 
 
+@torch.no_grad()
 def advance(
     scale: Tensor,
+    weight: Tensor,
     weight_int: Tensor,
     direction: Tensor,
     frequency: Tensor,
     ema_int: Tensor,
     frozen: Tensor,
-    weight: Tensor,
     momentum: Tensor,
     threshold: Tensor | None,
     quant_min: int,
@@ -179,12 +183,12 @@ def advance(
 
     Args:
         scale: Scale of the weights after the step, broadcastable against them.
+        weight: Latent weights after the step.
         weight_int: The state's integers.
         direction: The state's.
         frequency: The state's.
         ema_int: The state's.
-        frozen: The state's, as numbers 0 and 1.
-        weight: Latent weights after the step.
+        frozen: The state's, or the same as numbers 0 and 1.
         momentum: Weight of the new value, m, without dimensions.
         threshold: Frequency above which a weight is frozen, without dimensions; None neither freezes nor holds.
         quant_min: Smallest integer.
@@ -206,26 +210,8 @@ def advance(
     ema_int.copy_(new_ema)
 
 
-def pass_on_gradient(
-    owed: Tensor, grad: Tensor, weight_int: Tensor, frozen: Tensor, quant_min: int, quant_max: int
-) -> None:
-    """Equation of :func:`add_frozen_scale_gradient`, in place.
-
-    Args:
-        owed: Of the scale's shape; what frozen weights owe the scale is added to it.
-        grad: Gradient of the latent weights; 0 at the frozen ones afterwards.
-        weight_int: The state's integers.
-        frozen: The state's, as numbers 0 and 1.
-        quant_min: Smallest integer.
-        quant_max: Largest integer.
-    """
-    held = frozen.to(owed.dtype)
-    owed.add_((grad * held * weight_int.to(owed.dtype)).sum_to_size(owed.shape))
-    grad.mul_(1.0 - held)
-
-
 @torch.no_grad()
-def add_frozen_scale_gradient(state: OscillationState, weight_grad: Tensor, scale_grad: Tensor) -> None:
+def pass_on_gradient(scale_grad: Tensor, weight_grad: Tensor, weight_int: Tensor, frozen: Tensor) -> None:
     r"""Give the scale the gradient that frozen weights owe it, and take theirs, both in place.
 
     A frozen weight is :math:`w_q = s z` with z constant, so :math:`\partial w_q / \partial s = z` (Sec. 4.3). The
@@ -235,10 +221,12 @@ def add_frozen_scale_gradient(state: OscillationState, weight_grad: Tensor, scal
     the gradients, so it holds after accumulation, averaging over ranks and unscaling.
 
     Args:
-        state: The weight's oscillation state.
+        scale_grad: Gradient of the scale, of its shape or of that of the weights.
         weight_grad: Gradient of the latent weights; 0 at the frozen ones afterwards.
-        scale_grad: Gradient of the scale.
+        weight_int: The state's integers.
+        frozen: The state's, or the same as numbers 0 and 1.
     """
-    owed = torch.where(state.frozen, weight_grad, 0.0).to(scale_grad.dtype) * state.weight_int
-    scale_grad.add_(sharded_like(owed.sum_to_size(scale_grad.shape), scale_grad))
-    weight_grad.masked_fill_(state.frozen, 0.0)
+    held = frozen.to(scale_grad.dtype)
+    owed = (weight_grad * held * weight_int.to(held.dtype)).sum_to_size(scale_grad.shape)
+    scale_grad.add_(sharded_like(owed, scale_grad))
+    weight_grad.mul_(1.0 - held)

@@ -7,154 +7,231 @@ work in place on one weight's tensors, element by element. Here they are applied
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import repeat
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
 
 from lightning_qat_osc.functional import rows
-from lightning_qat_osc.kernels import SMALL, compiled
+from lightning_qat_osc.kernels import SMALL, compiled, joined_copy, memory, parted
 from lightning_qat_osc.lookup import QuantizedWeight
-from lightning_qat_osc.oscillation import OscillationState, add_frozen_scale_gradient, advance, pass_on_gradient
+from lightning_qat_osc.oscillation import OscillationState, advance, pass_on_gradient
 from lightning_qat_osc.regularizers import Aggregation, add_dampening_gradient, dampening_factor
 from lightning_qat_osc.sharding import is_sharded
 
-__all__ = ["add_dampening", "advance_states", "pass_on_frozen_gradients"]
+__all__ = [
+    "WeightBatch",
+    "add_dampening",
+    "advance_states",
+    "dampen_and_pass_on",
+    "in_batches",
+    "pass_on_frozen_gradients",
+]
 
 _BLOCK = 2**17  # elements that stay in a CPU's cache from one operation to the next
 
 
 @torch.no_grad()
-def advance_states(weights: Sequence[QuantizedWeight], momentum: float, threshold: float | None = None) -> None:
+def advance_states(batches: Sequence[WeightBatch], momentum: float, threshold: float | None = None) -> None:
     """Advance the oscillation states by one optimizer step, and freeze and hold what oscillates too often.
 
     Args:
-        weights: Weights, all of which are tracked.
+        batches: Weights, all of which are tracked.
         momentum: Weight of the new value in the moving averages.
         threshold: Frequency above which weights freeze; infinity only holds those that are frozen, None not even that.
     """
-    for batch in _batches(weights):
-        states = [_state(w) for w in batch]
-        changed = [[getattr(state, name) for state in states] for name in ("weight_int", "direction", "frequency")]
-        changed += [[state.ema_int for state in states], [_bytes(state.frozen) for state in states]]
-        changed += [[w.weight.detach() for w in batch]]
-        limits = None if threshold is None else _scalar(threshold, batch)
-        _apply(advance, batch, [_scales(batch)], changed, _scalar(momentum, batch), limits, changed=len(changed))
+    for batch in batches:
+        history = batch.history("weight_int", "direction", "frequency", "ema_int", "frozen")
+        limit = None if threshold is None else batch.scalar(threshold)
+        batch.run(advance, [batch.scales], batch.weights, history, batch.scalar(momentum), limit, *batch.grid)
 
 
 @torch.no_grad()
-def add_dampening(weights: Sequence[QuantizedWeight], weight: float, aggregation: Aggregation) -> None:
-    """Add the gradient of the dampening loss to those of the weights that have one.
+def add_dampening(batches: Sequence[WeightBatch], weight: float, aggregation: Aggregation) -> None:
+    """Add the gradient of the dampening loss to those of the weights.
 
     Args:
-        weights: Weights.
+        batches: Weights, all of which have a gradient.
         weight: Weight of the loss, lambda.
         aggregation: How the squared distances are reduced.
     """
-    for batch in _batches([w for w in weights if w.weight.grad is not None]):
-        scales = _scales(batch)
-        pull = [s * (weight * dampening_factor(w.weight.shape, aggregation)) for s, w in zip(scales, batch)]
-        columns = [[w.weight.grad for w in batch], [w.weight.detach() for w in batch]]
-        _apply(add_dampening_gradient, batch, [scales, pull], columns, changed=1)  # type: ignore[arg-type]
+    for batch in batches:
+        scales = [batch.scales, _pull(batch, weight, aggregation)]
+        batch.run(add_dampening_gradient, scales, batch.gradients(), [batch.weights], *batch.grid)
 
 
 @torch.no_grad()
-def pass_on_frozen_gradients(weights: Sequence[QuantizedWeight]) -> None:
-    """Give scales what their frozen weights owe them, and take it from the weights."""
-    ready = [w for w in weights if w.quantizer.oscillation is not None and w.weight.grad is not None]
-    for batch in _batches([w for w in ready if w.quantizer.scale_grad is not None]):
-        grads: list[Tensor] = [w.quantizer.scale_grad for w in batch]  # type: ignore[misc]
-        if is_sharded(batch[0].weight):
-            add_frozen_scale_gradient(_state(batch[0]), batch[0].weight.grad, grads[0])  # type: ignore[arg-type]
-            continue
-        states = [_state(w) for w in batch]
-        columns = [
-            [w.weight.grad for w in batch],
-            [state.weight_int for state in states],
-            [_bytes(state.frozen) for state in states],
-        ]
-        owed = _apply(pass_on_gradient, batch, [[torch.zeros_like(g) for g in grads]], columns, changed=1)  # type: ignore[arg-type]
-        torch._foreach_add_(grads, owed)
-
-
-def _state(w: QuantizedWeight) -> OscillationState:
-    return w.quantizer.start_tracking(w.weight)
-
-
-def _scales(batch: Sequence[QuantizedWeight]) -> list[Tensor]:
-    return [w.quantizer.scale.detach() for w in batch]
-
-
-def _bytes(mask: Tensor) -> Tensor:
-    """A mask as numbers 0 and 1, without a copy: compiled kernels and CPUs are slow with booleans."""
-    return mask if is_sharded(mask) else mask.view(torch.int8)
-
-
-def _scalar(value: float, batch: Sequence[QuantizedWeight]) -> Tensor:
-    """A number as a tensor: a compiled kernel would be made anew for each number, and a copy to a GPU would wait."""
-    return torch.full((), value, device=batch[0].weight.device)
-
-
-def _batches(weights: Sequence[QuantizedWeight]) -> Iterator[list[QuantizedWeight]]:
-    """Weights that go through a kernel together: small ones of one grid and dtype; large and sharded ones alone."""
-    together: dict[object, list[QuantizedWeight]] = {}
-    for w in weights:
-        q = w.quantizer
-        alone = w.weight.numel() > SMALL or is_sharded(w.weight)
-        key = w.name if alone else (q.quant_min, q.quant_max, q.fused, q.scale.dtype, w.weight.dtype, w.weight.device)
-        together.setdefault(key, []).append(w)
-    yield from together.values()
-
-
-def _apply(
-    kernel: Callable[..., None],
-    batch: Sequence[QuantizedWeight],
-    scales: list[list[Tensor]],
-    columns: list[list[Tensor]],
-    *scalars: Tensor | None,
-    changed: int,
-) -> list[Tensor]:
-    """Run a kernel that works in place.
+def pass_on_frozen_gradients(batches: Sequence[WeightBatch]) -> None:
+    """Give scales what their frozen weights owe them, and take it from the weights.
 
     Args:
-        kernel: Called with a tensor for each list in ``scales`` and ``columns``, the scalars and the grid's limits.
-        batch: Weights of one grid.
-        scales: Tensors of the scales' shapes, a list of one for each weight.
-        columns: Tensors of the weights' shapes, likewise.
-        scalars: Tensors without dimensions.
-        changed: How many of the columns, from the first, the kernel changes.
-
-    Returns:
-        The last of ``scales``, summed over the elements that each stands for if the kernel has added to it.
+        batches: Weights, all of which are tracked, and have a gradient as their scales have.
     """
-    q = batch[0].quantizer
-    run = compiled(kernel) if q.fused and sum(t.numel() for t in columns[0]) > SMALL else kernel
-    last = (*scalars, q.quant_min, q.quant_max)
-    if len(batch) == 1:
-        single = [s[0] for s in scales], [c[0] for c in columns]
-        views = None if is_sharded(batch[0].weight) else rows(single[0], single[1])
-        if views is not None:
-            for block in [views] if q.fused or not views[0].is_cpu else _blocks(views, len(scales)):
-                run(*block, *last)
-            return scales[-1]
-        if not q.fused:
-            kernel(*single[0], *single[1], *last)
-            return scales[-1]
-    spread = [torch.cat([t.expand_as(like).flatten() for t, like in zip(s, columns[0])]) for s in scales]
-    joined = [torch.cat([t.flatten() for t in column]) for column in columns]
-    run(*spread, *joined, *last)
-    sizes = [t.numel() for t in columns[0]]
-    for column, values in list(zip(columns, joined))[:changed]:
-        torch._foreach_copy_(column, [v.view_as(t) for v, t in zip(torch.split(values, sizes), column)])
-    parts = zip(torch.split(spread[-1], sizes), columns[0], scales[-1])
-    return [part.view_as(like).sum_to_size(scale.shape) for part, like, scale in parts]
+    for batch in batches:
+        history = batch.history("weight_int", "frozen")
+        batch.run(pass_on_gradient, [], batch.gradients(), history, owed_to=batch.scale_gradients())
 
 
-def _blocks(views: Sequence[Tensor], scales: int) -> Iterator[Sequence[Tensor]]:
-    """Views of :func:`rows` in pieces that fit the cache."""
-    if views[-1].dim() == 1:
-        pieces = [repeat(s) for s in views[:scales]] + [torch.split(t, _BLOCK) for t in views[scales:]]
-    else:
-        size = max(1, _BLOCK // views[-1].shape[1])
-        pieces = [torch.split(t, size) for t in views]
-    return zip(*pieces)
+@torch.no_grad()
+def dampen_and_pass_on(batches: Sequence[WeightBatch], weight: float, aggregation: Aggregation) -> None:
+    """:func:`add_dampening` and :func:`pass_on_frozen_gradients` in one pass over weights that are fit for both."""
+    for batch in batches:
+        scales = [batch.scales, _pull(batch, weight, aggregation)]
+        others: list[Tensor | list[Tensor]] = [batch.weights, *batch.history("weight_int", "frozen")]
+        owed_to = batch.scale_gradients()
+        batch.run(_dampen_and_pass_on, scales, batch.gradients(), others, *batch.grid, owed_to=owed_to)
+
+
+def _dampen_and_pass_on(
+    owed: Tensor,
+    scale: Tensor,
+    pull: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    weight_int: Tensor,
+    frozen: Tensor,
+    quant_min: int,
+    quant_max: int,
+) -> None:
+    add_dampening_gradient(scale, pull, grad, weight, quant_min, quant_max)
+    pass_on_gradient(owed, grad, weight_int, frozen)
+
+
+def _pull(batch: WeightBatch, weight: float, aggregation: Aggregation) -> list[Tensor]:
+    factors = [weight * dampening_factor(w.shape, aggregation) for w in batch.weights]
+    return list(torch._foreach_mul(batch.scales, factors))
+
+
+class WeightBatch:
+    """Weights that go through a kernel together: several small ones of one grid and dtype, or one.
+
+    The oscillation states of several lie one behind the other in memory, so that a step need not join them.
+
+    Args:
+        weights: Weights. If there are several, each scale belongs to a stretch of its weight's elements.
+
+    Attributes:
+        weights: The latent weights.
+        scales: Their scales.
+        grid: The smallest and the largest integer.
+    """
+
+    def __init__(self, weights: Sequence[QuantizedWeight]) -> None:
+        self._quantizers = [w.quantizer for w in weights]
+        self.weights: list[Tensor] = [w.weight for w in weights]
+        self.scales: list[Tensor] = [q.scale for q in self._quantizers]
+        first = self._quantizers[0]
+        self.grid = first.quant_min, first.quant_max
+        self._size = sum(w.numel() for w in self.weights)
+        self._fused = first.fused and self._size > SMALL
+        self._sharded = is_sharded(self.weights[0])
+        self._stretches: Tensor | None = None
+        if len(weights) > 1:
+            lengths = [w.numel() // s.numel() for w, s in zip(self.weights, self.scales) for _ in range(s.numel())]
+            self._stretches = torch.tensor(lengths, device=self.weights[0].device)
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the weights, which all have one."""
+        return [w.grad for w in self.weights]  # type: ignore[misc]
+
+    def scale_gradients(self) -> list[Tensor]:
+        """Those of the scales, which all have one."""
+        return [q.scale_grad for q in self._quantizers]  # type: ignore[misc]
+
+    def history(self, *names: str) -> list[Tensor]:
+        """Tensors of the oscillation states, one for all weights.
+
+        Args:
+            names: Names of attributes of :class:`~lightning_qat_osc.OscillationState`.
+        """
+        states = [q.start_tracking(w) for q, w in zip(self._quantizers, self.weights)]
+        return [self._joined(states, name) for name in names]
+
+    def _joined(self, states: list[OscillationState], name: str) -> Tensor:
+        tensors: list[Tensor] = [getattr(state, name) for state in states]
+        if len(tensors) == 1:
+            joined = tensors[0]
+        elif _one_behind_the_other(tensors):
+            joined = memory(tensors[0], self._size)
+        else:
+            joined = joined_copy(tensors)
+            for state, part in zip(states, parted(joined, tensors)):
+                setattr(state, name, part)
+        # numbers 0 and 1, without a copy: compiled kernels and CPUs are slow with booleans
+        return joined.view(torch.int8) if joined.dtype == torch.bool and not self._sharded else joined
+
+    def scalar(self, value: float) -> Tensor:
+        """A number as a tensor: compiled kernels would be made anew for each number, and a copy to a GPU would wait."""
+        return torch.full((), value, device=self.weights[0].device)
+
+    def run(
+        self,
+        kernel: Callable[..., None],
+        scales: Sequence[list[Tensor]],
+        changed: list[Tensor],
+        others: Sequence[Tensor | list[Tensor]],
+        *scalars: Tensor | int | None,
+        owed_to: list[Tensor] | None = None,
+    ) -> None:
+        """Run a kernel that works in place.
+
+        Args:
+            kernel: Called with a tensor for what is owed, if anything is, one for each of the scales, one for those
+                that it changes, one for each of the others, and the scalars.
+            scales: Lists of a tensor for each weight, of its scale's shape.
+            changed: A tensor for each weight, of its shape.
+            others: Likewise, or a tensor for all weights.
+            scalars: What is the same for all.
+            owed_to: Tensors of the scales' shapes. What the kernel adds up for them is added to them.
+        """
+        if self._stretches is None:
+            first = [s[0] for s in ([] if owed_to is None else [owed_to]) + [*scales]]
+            columns = [changed[0], *(t if isinstance(t, Tensor) else t[0] for t in others)]
+            views = None if self._sharded else rows(first, columns)
+            if views is None:
+                kernel(*first, *columns, *scalars)
+            else:
+                self._run(kernel, views, scalars)
+            return
+        owed = [] if owed_to is None else [changed[0].new_zeros(self._size, dtype=owed_to[0].dtype)]
+        spread = [torch.repeat_interleave(joined_copy(s), self._stretches, output_size=self._size) for s in scales]
+        joined = [t if isinstance(t, Tensor) else joined_copy(t) for t in (changed, *others)]
+        self._run(kernel, [*owed, *spread, *joined], scalars)
+        torch._foreach_copy_(changed, list(parted(joined[0], changed)))
+        if owed_to is not None:
+            torch._foreach_add_(owed_to, [p.sum_to_size(s.shape) for p, s in zip(parted(owed[0], changed), owed_to)])
+
+    def _run(self, kernel: Callable[..., None], views: list[Tensor], scalars: Sequence[Tensor | int | None]) -> None:
+        if self._fused:
+            compiled(kernel)(*views, *scalars)
+        elif views[0].is_cpu:
+            for block in _blocks(views):
+                kernel(*block, *scalars)
+        else:
+            kernel(*views, *scalars)
+
+
+def in_batches(weights: Sequence[QuantizedWeight]) -> list[WeightBatch]:
+    """Weights in batches: small ones of one grid and dtype together, large and sharded ones alone."""
+    together: dict[object, list[QuantizedWeight]] = {}
+    for w in weights:
+        q, scale = w.quantizer, w.quantizer.scale
+        in_stretches = scale.numel() in (1, scale.shape[0])
+        alone = w.weight.numel() > SMALL or not in_stretches or is_sharded(w.weight)
+        key = w.name if alone else (q.quant_min, q.quant_max, q.fused, scale.dtype, w.weight.dtype, w.weight.device)
+        together.setdefault(key, []).append(w)
+    return [WeightBatch(batch) for batch in together.values()]
+
+
+def _one_behind_the_other(tensors: Sequence[Tensor]) -> bool:
+    first = tensors[0]
+    starts = accumulate((t.numel() * t.element_size() for t in tensors[:-1]), initial=first.data_ptr())
+    storages = {t.untyped_storage().data_ptr() for t in (first, tensors[-1])}
+    return len(storages) == 1 and all(t.data_ptr() == start and t.is_contiguous() for t, start in zip(tensors, starts))
+
+
+def _blocks(views: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors in pieces that fit the cache. What has one element for all the elements of the last is whole in each."""
+    last = views[-1]
+    size = max(1, _BLOCK * len(last) // max(1, last.numel()))
+    return zip(*(torch.split(t, size) if len(t) == len(last) else repeat(t) for t in views))

@@ -6,7 +6,7 @@ from reference import WeightLoop, masked_fake_quantize
 from torch import nn
 
 from lightning_qat_osc.functional import fake_quantize, quantize_to_int
-from lightning_qat_osc.oscillation import OscillationState, add_frozen_scale_gradient
+from lightning_qat_osc.oscillation import OscillationState, pass_on_gradient
 
 
 def walk(weights, steps, seed=0, low=-4, high=3):
@@ -106,7 +106,7 @@ def test_gradients_are_autograds_of_the_masked_forward(shape):
         state.hold_frozen(w, s)
     w.grad = s.grad = None
     fake_quantize(w, s, n, p).backward(upstream)
-    add_frozen_scale_gradient(state, w.grad, s.grad)
+    pass_on_gradient(s.grad, w.grad, state.weight_int, state.frozen)
     assert torch.allclose(w.grad, torch.where(state.frozen, 0.0, expected_w), rtol=1e-14, atol=0)
     assert torch.allclose(s.grad, expected_s, rtol=1e-9, atol=1e-9)
 
@@ -120,7 +120,7 @@ def test_an_ulp_outside_the_grid_is_not_counted_twice():
         w = torch.tensor([latent], dtype=torch.float64, requires_grad=True)
         s.grad = None
         fake_quantize(w, s, -4, 3).backward(torch.tensor([2.0], dtype=torch.float64))
-        add_frozen_scale_gradient(state, w.grad, s.grad)
+        pass_on_gradient(s.grad, w.grad, state.weight_int, state.frozen)
         assert s.grad.item() == pytest.approx(6.0, abs=1e-9)
 
 

@@ -14,7 +14,7 @@ from lightning_qat_osc import QuantConfig, cosine_anneal, fake_quantize, quantiz
 from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.functional import integer_grid
 from lightning_qat_osc.lookup import quantizers
-from lightning_qat_osc.oscillation import OscillationState, add_frozen_scale_gradient
+from lightning_qat_osc.oscillation import OscillationState, pass_on_gradient
 from lightning_qat_osc.quantizers import WeightQuantizer
 from lightning_qat_osc.ranges import activation_grid, estimate_scale
 
@@ -173,7 +173,7 @@ def test_any_layer_trains_on_the_grid(
             assert p.grad is None or p.grad.isfinite().all(), name
         assert layer.weight.grad is not None
         assert w.scale.grad is not None
-        add_frozen_scale_gradient(state, layer.weight.grad, w.scale.grad)
+        pass_on_gradient(w.scale.grad, layer.weight.grad, state.weight_int, state.frozen)
         optimizer.step()
         with torch.no_grad():  # to and fro by a step of the grid, so that some freeze
             layer.weight.add_(w.scale * torch.randint(-1, 2, layer.weight.shape, generator=generator))

@@ -60,7 +60,7 @@ def test_states_are_those_of_slow_loops(path, fused, granularity, dtype):
             for loop, z in zip(loops[w.name], w.quantizer.to_int(w.weight).flatten().tolist()):
                 loop.threshold = threshold
                 loop.step(z)
-        sweep.advance_states(weights, 0.1, threshold)
+        sweep.advance_states(sweep.in_batches(weights), 0.1, threshold)
         for w in weights:
             state = w.quantizer.oscillation
             assert state.weight_int.flatten().tolist() == [loop.integer for loop in loops[w.name]]
@@ -81,7 +81,7 @@ def test_tracking_alone_leaves_weights_and_masks_alone(path):
     for w in weights:
         w.quantizer.oscillation.frequency.fill_(0.9)
     before = [w.weight.detach().clone() for w in weights]
-    sweep.advance_states(weights, 0.1)
+    sweep.advance_states(sweep.in_batches(weights), 0.1)
     assert all(torch.equal(w.weight.detach(), b) for w, b in zip(weights, before))
     assert not any(w.quantizer.oscillation.frozen.any() for w in weights)
 
@@ -99,7 +99,7 @@ def test_dampening_adds_autograds_gradient_of_the_printed_loss(path, fused, gran
         (0.3 * dampening_loss(w.weight, q.scale.detach(), q.quant_min, q.quant_max, aggregation)).backward()
         expected.append(w.weight.grad.clone() + 1.0)
         w.weight.grad = torch.ones_like(w.weight)
-    sweep.add_dampening(weights, 0.3, aggregation)
+    sweep.add_dampening(sweep.in_batches(weights), 0.3, aggregation)
     for w, gradient in zip(weights, expected):
         assert torch.allclose(w.weight.grad, gradient, rtol=0, atol=1e-6)
 
@@ -119,10 +119,69 @@ def test_frozen_gradients_are_autograds_of_the_masked_forward(path, fused, granu
         expected.append(torch.autograd.grad(masked, (w.weight, q.scale), upstream))
         got = torch.autograd.grad(q(w.weight), (w.weight, q.scale), upstream)
         w.weight.grad, q.scale_grad = got
-    sweep.pass_on_frozen_gradients(weights)
+    sweep.pass_on_frozen_gradients(sweep.in_batches(weights))
     for w, (of_weight, of_scale) in zip(weights, expected):
         assert torch.allclose(w.weight.grad, torch.where(w.quantizer.oscillation.frozen, 0.0, of_weight))
         assert torch.allclose(w.quantizer.scale_grad, of_scale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_one_pass_gives_autograds_gradients_of_the_loss_with_dampening(path, fused, granularity):
+    weights = weights_of(granularity, torch.float32, fused)
+    expected = []
+    for w in weights:
+        q, state = w.quantizer, w.quantizer.oscillation
+        state.frozen = torch.rand(w.weight.shape) < 0.5
+        state.hold_frozen(w.weight.detach(), q.scale.detach())
+        upstream = torch.randn(w.weight.shape)
+        masked = masked_fake_quantize(w.weight, q.scale, q.quant_min, q.quant_max, state.frozen, state.weight_int)
+        of_task = torch.autograd.grad(masked, (w.weight, q.scale), upstream)
+        loss = 0.3 * dampening_loss(w.weight, q.scale.detach(), q.quant_min, q.quant_max, "mean")
+        of_dampening = torch.autograd.grad(loss, w.weight)[0]
+        expected.append((torch.where(state.frozen, 0.0, of_task[0] + of_dampening), of_task[1]))
+        w.weight.grad, q.scale_grad = torch.autograd.grad(q(w.weight), (w.weight, q.scale), upstream)
+    sweep.dampen_and_pass_on(sweep.in_batches(weights), 0.3, "mean")
+    for w, (of_weight, of_scale) in zip(weights, expected):
+        assert torch.allclose(w.weight.grad, of_weight, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(w.quantizer.scale_grad, of_scale, rtol=1e-4, atol=1e-4)
+
+
+def test_states_of_small_weights_share_memory_and_are_saved_each_for_itself():
+    weights = weights_of("per_tensor", torch.float32, False)
+    sweep.advance_states(sweep.in_batches(weights), 0.1)
+    states = [w.quantizer.oscillation for w in weights]
+    assert len({state.frequency.untyped_storage().data_ptr() for state in states}) == 1
+    for state, w in zip(states, weights):
+        saved = state.state_dict()
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in saved.values())
+        assert saved["frequency"].shape == w.weight.shape
+
+
+def test_states_that_were_loaded_go_on_as_those_that_were_not():
+    weights = weights_of("per_tensor", torch.float32, False)
+    batches = sweep.in_batches(weights)
+
+    def steps(seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(5):
+            for w in weights:
+                w.weight.data += w.quantizer.scale.detach() * torch.randn(w.weight.shape, generator=generator)
+            sweep.advance_states(batches, 0.1, 0.2)
+
+    steps(1)
+    middle = [(w.weight.detach().clone(), w.quantizer.oscillation.state_dict()) for w in weights]
+    steps(2)
+    unbroken = [w.quantizer.oscillation.state_dict() for w in weights]
+    for w, (latent, state) in zip(weights, middle):
+        w.weight.data.copy_(latent)
+        w.quantizer.oscillation.load_state_dict(state)
+    steps(2)
+    for w, state in zip(weights, unbroken):
+        for name, tensor in w.quantizer.oscillation.state_dict().items():
+            assert torch.equal(tensor, state[name])
+        assert state["frequency"].count_nonzero() > 0
 
 
 @needs_compiler

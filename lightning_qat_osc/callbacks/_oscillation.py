@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat_osc.lookup import QuantizedWeight, is_quantized, weights_with_quantizers
+from lightning_qat_osc.sweep import WeightBatch, in_batches
 
 __all__ = ["OptimizerWeights", "require_averaging_before", "require_quantization", "run_length", "run_step"]
 
@@ -61,15 +63,23 @@ class OptimizerWeights:
     def __init__(self, pl_module: pl.LightningModule, max_bits: int) -> None:
         self._weights = weights_with_quantizers(pl_module)
         self._max_bits = max_bits
+        self._batches: dict[Optimizer, tuple[list[str], list[WeightBatch]]] = {}
 
-    def of(self, optimizer: Optimizer) -> list[QuantizedWeight]:
-        """Those that an optimizer updates; not those that their owner holds fixed."""
+    def of(self, optimizer: Optimizer, ready: Callable[[QuantizedWeight], bool] = lambda w: True) -> list[WeightBatch]:
+        """Those that an optimizer updates and that are ready; not those that their owner holds fixed."""
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [
+        weights = [
             w
             for w in self._weights
-            if w.weight.requires_grad and id(w.weight) in owned and is_quantized(w.quantizer, self._max_bits)
+            if w.weight.requires_grad
+            and id(w.weight) in owned
+            and is_quantized(w.quantizer, self._max_bits)
+            and ready(w)
         ]
+        names = [w.name for w in weights]
+        if self._batches.get(optimizer, ([], []))[0] != names:
+            self._batches[optimizer] = names, in_batches(weights)
+        return self._batches[optimizer][1] if names else []
 
 
 def run_length(trainer: pl.Trainer, what: str) -> int:

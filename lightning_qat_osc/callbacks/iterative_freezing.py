@@ -14,10 +14,11 @@ from lightning_qat_osc.callbacks._optimizer_steps import is_log_step
 from lightning_qat_osc.callbacks._oscillation import require_averaging_before, run_length, run_step
 from lightning_qat_osc.callbacks.oscillation_tracking import TracksOscillation
 from lightning_qat_osc.config import check_number
-from lightning_qat_osc.lookup import quantized_weights
+from lightning_qat_osc.lookup import QuantizedWeight, quantized_weights
+from lightning_qat_osc.regularizers import Aggregation
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
 from lightning_qat_osc.sharding import reshard
-from lightning_qat_osc.sweep import pass_on_frozen_gradients
+from lightning_qat_osc.sweep import add_dampening, dampen_and_pass_on, pass_on_frozen_gradients
 
 __all__ = ["IterativeFreezing"]
 
@@ -73,6 +74,7 @@ class IterativeFreezing(TracksOscillation):
         self._schedule: Schedule = constant(threshold)
         self._first_step = 0.0
         self._in_force = threshold
+        self._dampening: tuple[float, Aggregation] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Agree on the momentum, and compare the threshold with it."""
@@ -103,12 +105,29 @@ class IterativeFreezing(TracksOscillation):
             self._first_step = self.anneal_start * steps
         self._in_force = self._schedule(run_step(trainer))
 
+    def dampen_next(self, weight: float, aggregation: Aggregation) -> None:
+        """Take dampening along in the pass over the gradients that comes before the next optimizer step.
+
+        Args:
+            weight: Weight of the loss, lambda.
+            aggregation: How its squared distances are reduced.
+        """
+        self._dampening = weight, aggregation
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Hand the gradient of frozen weights on to their scale."""
         self._step_hooks.begin(optimizer)
-        pass_on_frozen_gradients(self._weights.of(optimizer))
+        owing = self._weights.of(optimizer, _owes)
+        dampening, self._dampening = self._dampening, None
+        if dampening is not None:
+            moving = self._weights.of(optimizer, lambda w: w.weight.grad is not None)
+            if moving is owing:
+                dampen_and_pass_on(owing, *dampening)
+                return
+            add_dampening(moving, *dampening)
+        pass_on_frozen_gradients(owing)
 
     def _threshold_now(self, trainer: pl.Trainer) -> float:
         step = run_step(trainer)
@@ -135,3 +154,9 @@ class IterativeFreezing(TracksOscillation):
         for _, weight, q in quantized_weights(pl_module, self.max_bits):
             if q.oscillation is not None:
                 q.oscillation.hold_frozen(weight, q.scale)
+
+
+def _owes(w: QuantizedWeight) -> bool:
+    """Whether a weight may have a frozen part with a gradient that its scale can take."""
+    q = w.quantizer
+    return q.oscillation is not None and q.scale_grad is not None and w.weight.grad is not None

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
 from lightning_qat_osc.callbacks._oscillation import OptimizerWeights, require_quantization, run_length, run_step
+from lightning_qat_osc.callbacks.iterative_freezing import IterativeFreezing
 from lightning_qat_osc.config import check_bits, check_choice, check_number
 from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.regularizers import Aggregation, dampening_loss
@@ -64,12 +65,16 @@ class OscillationDampening(pl.Callback):
         self.max_bits = max_bits
         self._schedule: Schedule = constant(final_weight)
         self._weight = 0.0  # the one in force
+        self._freezing: IterativeFreezing | None = None
         self._step_hooks = OptimizerStepHooks()
         self._weights: OptimizerWeights
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that there will be something to dampen."""
+        """Check that there will be something to dampen, and find who may take it along."""
         require_quantization(trainer, self)
+        later = trainer.callbacks[trainer.callbacks.index(self) :]  # type: ignore[attr-defined]
+        freezing = [c for c in later if isinstance(c, IterativeFreezing) and c.max_bits == self.max_bits]
+        self._freezing = freezing[0] if freezing else None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the optimizers, and lay the schedule over the run."""
@@ -88,7 +93,11 @@ class OscillationDampening(pl.Callback):
         self._weight = self._schedule(run_step(trainer))
         if self._weight == 0.0:
             return
-        add_dampening(self._weights.of(optimizer), self._weight, self.aggregation)
+        if self._freezing is not None:
+            self._freezing.dampen_next(self._weight, self.aggregation)
+            return
+        moving = self._weights.of(optimizer, lambda w: w.weight.grad is not None)
+        add_dampening(moving, self._weight, self.aggregation)
 
     @torch.no_grad()
     def on_train_batch_end(

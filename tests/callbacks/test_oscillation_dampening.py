@@ -9,8 +9,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import ConvModule, Data, dataset, trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_qat_osc import OscillationDampening, QuantizationAwareTraining
+from lightning_qat_osc import (
+    IterativeFreezing,
+    OscillationDampening,
+    QuantizationAwareTraining,
+    oscillation_states,
+)
+from lightning_qat_osc.callbacks import iterative_freezing
 from lightning_qat_osc.lookup import quantized_weights
+from lightning_qat_osc.sweep import dampen_and_pass_on
 
 TOTAL = 16  # two epochs of eight steps
 
@@ -151,3 +158,27 @@ def test_without_quantization_it_says_what_is_missing():
 def test_unsuited_arguments(arguments, words):
     with pytest.raises(ValueError, match=words):
         OscillationDampening(**arguments)
+
+
+@pytest.mark.filterwarnings("ignore:IterativeFreezing's lowest threshold")
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_dampening_in_the_pass_of_freezing_is_dampening_by_itself(granularity, monkeypatch):
+    """Before IterativeFreezing dampening goes along in its pass, and by itself where the two cover other weights."""
+    trained, passes = [], []
+    monkeypatch.setattr(
+        iterative_freezing, "dampen_and_pass_on", lambda *args: (passes.append(1), dampen_and_pass_on(*args))
+    )
+    for max_bits in (4, 5):  # no weight has 5
+        torch.manual_seed(5)
+        module = ConvModule(lr=0.5)
+        callbacks = [
+            qat(weight_bits=2, first_last_bits=None, weight_granularity=granularity),
+            OscillationDampening(0.01, initial_weight=0.01, max_bits=max_bits),
+            IterativeFreezing(threshold=0.15, momentum=0.1),
+        ]
+        trainer(callbacks, max_epochs=8).fit(module, Data())
+        trained.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+        assert len(passes) == 4 * TOTAL  # all of the first run, none of the second
+    assert sum(state.frozen.sum() for state in oscillation_states(module).values()) > 0
+    for name, tensor in trained[0].items():
+        assert torch.allclose(tensor.float(), trained[1][name].float(), atol=1e-6), name

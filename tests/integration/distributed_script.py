@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -209,6 +211,8 @@ def main() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()  # a process that ends early takes the connections of the other with it
         dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # all is written, and gloo's threads now and then abort an interpreter that takes itself apart
 
 
 if __name__ == "__main__":
