@@ -79,9 +79,9 @@ class _PlainLayer(nn.Module):
 
 
 def prepare(network: nn.Module, batch: Tensor, *, tracked: bool) -> nn.Module:
-    """Wrap every Conv2d and Linear, and make the input quantizers from a batch."""
+    """Wrap every Conv2d and Linear that is called, and make the input quantizers from a batch."""
     for name, child in list(network.named_modules()):
-        if isinstance(child, (nn.Conv2d, nn.Linear)):
+        if isinstance(child, (nn.Conv2d, nn.Linear)) and not name.endswith("out_proj"):  # attention reads its weight
             parent = network.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], _PlainLayer(child, tracked))
     with torch.no_grad():

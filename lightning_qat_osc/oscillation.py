@@ -138,6 +138,20 @@ class OscillationState(nn.Module):
                 setattr(self, name, saved.to(device=tensor.device, dtype=tensor.dtype, copy=True))
 
 
+def _between(old: Tensor, new: Tensor, share: Tensor | float) -> Tensor:
+    """What lies a share of the way from ``old`` to ``new``: for shares 0 and 1 one of both, if they are integers."""
+    if torch.compiler.is_compiling():
+        return old + share * (new - old)
+    return torch.lerp(old, new, share)  # the same in one pass
+
+
+def _held(weight: Tensor, at: Tensor, frozen: Tensor) -> Tensor:
+    """The weights, but ``at`` where ``frozen`` is 1."""
+    if torch.compiler.is_compiling():
+        return torch.where(frozen > 0.0, at, weight)
+    return torch.lerp(weight, at, frozen)  # without a mask, which CPUs are slow with, and exact at 0 and 1
+
+
 def _track(
     z: Tensor,
     z_before: Tensor,
@@ -147,22 +161,22 @@ def _track(
     frozen: Tensor,
     momentum: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Section 4.1 in numbers alone, ``frozen`` in 0 and 1: masks are slow on CPUs and in compiled kernels."""
-    z = z + frozen * (z_before - z)
-    delta = (z - z_before).sign()
-    oscillated = (delta * direction).clamp(max=0.0).neg()  # opposite signs, neither of them 0
-    frequency = frequency + momentum * (oscillated - frequency)
-    ema_int = ema_int + momentum * (z - ema_int)
-    direction = direction + delta.abs() * (delta - direction)
+    """Section 4.1, with ``frozen`` in numbers 0 and 1."""
+    z = _between(z, z_before, frozen)
+    delta = (z - z_before).sign_()
+    oscillated = (delta * direction).clamp_(max=0.0).neg_()  # opposite signs, neither of them 0
+    frequency = _between(frequency, oscillated, momentum)
+    ema_int = _between(ema_int, z, momentum)
+    direction = _between(direction, delta, delta.abs())
     return z, direction, frequency, ema_int
 
 
 def _freeze(
     z: Tensor, frequency: Tensor, ema_int: Tensor, frozen: Tensor, threshold: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 1's freezing in numbers alone."""
-    newly_frozen = (frequency > threshold).to(frozen.dtype) * (1.0 - frozen)
-    return z + newly_frozen * (ema_int.round() - z), frozen + newly_frozen
+    """Algorithm 1's freezing, with ``frozen`` in numbers 0 and 1."""
+    newly_frozen = frequency.clone().gt_(threshold).mul_(1.0 - frozen)  # in place: numbers, and no mask
+    return _between(z, ema_int.round(), newly_frozen), frozen + newly_frozen
 
 
 @torch.no_grad()
@@ -203,7 +217,7 @@ def advance(
     if threshold is not None:
         z, held = _freeze(z, new_frequency, new_ema, held, threshold)
         frozen.copy_(held)
-        weight.copy_(torch.where(held > 0.0, (scale * z).to(weight.dtype), weight))
+        weight.copy_(_held(weight, (scale * z).to(weight.dtype), held.to(weight.dtype)))
     weight_int.copy_(z)
     direction.copy_(new_direction)
     frequency.copy_(new_frequency)
