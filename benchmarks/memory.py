@@ -61,6 +61,7 @@ def measure(workload: Workload) -> str:
         "full precision": lambda: Steps(workload),
         "everything on": lambda: Steps(workload, callbacks=everything()),
         "everything on, fused=True": lambda: Steps(workload, callbacks=everything(fused=True)),
+        "everything on, recompute=True": lambda: Steps(workload, callbacks=everything(recompute=True)),
         "full precision, compiled": lambda: Steps(workload, compiled()),
         "everything on, compiled": lambda: Steps(workload, compiled(), everything()),
         "torchao PT2E": lambda: Steps(workload, peers.torchao(workload.network(), batch)),
@@ -91,7 +92,7 @@ def measure(workload: Workload) -> str:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--networks", nargs="+", default=["conv net"], choices=list(WORKLOADS))
+    parser.add_argument("--networks", nargs="+", default=["conv net", "ViT-Tiny"], choices=list(WORKLOADS))
     print(f"torch {torch.__version__}")
     for name in parser.parse_args().networks:
         print(f"\n{measure(WORKLOADS[name])}", flush=True)

@@ -36,6 +36,9 @@ def contenders(workload: Workload, memory_format: torch.memory_format) -> dict[s
         "quantizers alone": Steps(workload, callbacks=everything()[:1], memory_format=memory_format),
         "everything on": Steps(workload, callbacks=everything(), memory_format=memory_format),
         "everything on, fused=True": Steps(workload, callbacks=everything(fused=True), memory_format=memory_format),
+        "everything on, fused=True, recompute=True": Steps(
+            workload, callbacks=everything(fused=True, recompute=True), memory_format=memory_format
+        ),
     }
     others: dict[str, Callable[[], nn.Module]] = {
         "torchao PT2E": lambda: peers.torchao(network(), batch),
@@ -51,7 +54,9 @@ def contenders(workload: Workload, memory_format: torch.memory_format) -> dict[s
         except ImportError as error:
             print(f"{name} is left out: {error}")
     made["full precision, compiled"] = Steps(workload, compiled, memory_format=memory_format)
-    made["everything on, compiled"] = Steps(workload, compiled_ours, everything(), memory_format=memory_format)
+    made["everything on, compiled"] = Steps(
+        workload, compiled_ours, everything(fused=True), memory_format=memory_format
+    )
     return {name: steps.seconds for name, steps in made.items() if steps is not None}
 
 
@@ -66,7 +71,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of 10 steps for each contender")
-    parser.add_argument("--networks", nargs="+", default=["conv net"], choices=list(WORKLOADS))
+    parser.add_argument("--networks", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     arguments = parser.parse_args()
     print(machine())
     for name in arguments.networks:

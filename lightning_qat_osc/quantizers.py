@@ -17,6 +17,7 @@ from lightning_qat_osc.functional import fake_quantize, integer_grid, quantize_t
 from lightning_qat_osc.layers import calling_forward
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.ranges import RangeMethod, activation_grid, estimate_scale
+from lightning_qat_osc.recomputation import Recipe, recomputed
 from lightning_qat_osc.sharding import copy_whole_, whole
 
 __all__ = ["InputQuantizer", "QuantizedLayer", "Quantizer", "WeightQuantizer", "latent_weight", "quantized_class"]
@@ -38,6 +39,7 @@ class Quantizer(nn.Module):
         calibrated: Whether the scale and the grid have been set from data.
         scale_grad: Gradient of the scale between the moment it is taken out of the optimizer's sight and the step.
         fused: Whether to compute with compiled kernels.
+        recompute: Whether its layer quantizes again in the backward pass instead of keeping the result for it.
     """
 
     grid: Tensor
@@ -51,6 +53,7 @@ class Quantizer(nn.Module):
         self.calibrated = False
         self.scale_grad: Tensor | None = None
         self.fused = False
+        self.recompute = False
         # the five above once more, for the checkpoint. As a buffer of floats it survives averaged copies of the model.
         self.register_buffer("grid", torch.zeros(5))
         self._write_grid()
@@ -62,9 +65,14 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x``, of any shape that the scale broadcasts against."""
-        if not self.active:
-            return x
-        return fake_quantize(x, self.scale, self.quant_min, self.quant_max, self.zero_point, fused=self.fused)
+        return self._quantize(x, self.scale) if self.active else x
+
+    def _quantize(self, x: Tensor, scale: Tensor) -> Tensor:
+        return fake_quantize(x, scale, self.quant_min, self.quant_max, self.zero_point, fused=self.fused)
+
+    def recipe(self, x: Tensor) -> Recipe:
+        """How ``x`` is quantized."""
+        return Recipe(self._quantize, (x.detach(), self.scale.detach()))
 
     @torch.no_grad()
     def set_range(self, scale: Tensor, quant_min: int, quant_max: int, zero_point: int = 0) -> None:
@@ -287,15 +295,24 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Quantize the inputs and the weights, then run the layer's own forward on them."""
-        args, kwargs = self._quantize_inputs(args, kwargs)
+        recipes: list[tuple[Tensor, Recipe]] = []
+        args, kwargs = self._quantize_inputs(args, kwargs, recipes)
         substitutes: dict[str, Any] = {
-            name: getattr(self, child)(getattr(self, name)) for name, child in self.parameter_quantizers.items()
+            name: _quantized(getattr(self, child), getattr(self, name), recipes)
+            for name, child in self.parameter_quantizers.items()
         }
         idle = [q.scale.sum() for q in self.quantizers() if not q.active]
         if idle:
             # DDP waits for a gradient of every parameter, also of a scale that is not in use: it gets 0
             name = next(iter(substitutes), "weight")
             substitutes[name] = substitutes.get(name, getattr(self, name)) + 0.0 * sum(idle)
+        if not recipes:
+            return self._forward_with(substitutes, args, kwargs)
+        with recomputed(recipes):
+            return self._forward_with(substitutes, args, kwargs)
+
+    def _forward_with(self, substitutes: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's own forward, which reads quantized weights."""
         # an instance attribute comes before nn.Module's look-up of the parameter of that name
         before = {name: self.__dict__[name] for name in substitutes if name in self.__dict__}
         self.__dict__.update(substitutes)
@@ -308,7 +325,9 @@ class QuantizedLayer(nn.Module):
                 del self.__dict__[name]
             self.__dict__.update(before)
 
-    def _quantize_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _quantize_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], recipes: list[tuple[Tensor, Recipe]]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         seen: list[tuple[Any, Any]] = []  # in self-attention one tensor is all three inputs: it is quantized once
         positional, keywords = list(args), dict(kwargs)
         for i, (argument, child) in enumerate(self.argument_quantizers.items()):
@@ -317,7 +336,7 @@ class QuantizedLayer(nn.Module):
             x = args[i] if i < len(args) else kwargs[argument]
             x_q = next((quantized for other, quantized in seen if other is x), None)
             if x_q is None:
-                x_q = _quantize_input(getattr(self, child), x)
+                x_q = _quantize_input(getattr(self, child), x, recipes)
                 seen.append((x, x_q))
             if i < len(args):
                 positional[i] = x_q
@@ -360,10 +379,18 @@ def latent_weight(layer: nn.Module, parameter: str) -> Tensor:
             module.training = training
 
 
-def _quantize_input(quantizer: nn.Module, x: Any) -> Any:
+def _quantize_input(quantizer: Quantizer, x: Any, recipes: list[tuple[Tensor, Recipe]]) -> Any:
     if isinstance(x, PackedSequence):
-        return x._replace(data=quantizer(x.data))
-    return quantizer(x)
+        return x._replace(data=_quantized(quantizer, x.data, recipes))
+    return _quantized(quantizer, x, recipes)
+
+
+def _quantized(quantizer: Quantizer, x: Any, recipes: list[tuple[Tensor, Recipe]]) -> Any:
+    quantized = quantizer(x)
+    # a compiler decides by itself what is kept and what is made again
+    if quantizer.recompute and quantizer.active and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        recipes.append((quantized, quantizer.recipe(x)))
+    return quantized
 
 
 def quantized_class(layer_class: type[nn.Module]) -> type[nn.Module]:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 # from the ground up: a module may import those in lines before its own
 FLOORS = [
     {"kernels", "sharding", "schedules", "ranges", "layers"},
-    {"functional"},
+    {"functional", "recomputation"},
     {"oscillation", "regularizers", "batch_norm", "config"},
     {"quantizers", "metrics"},
     {"lookup"},
@@ -38,7 +38,16 @@ FLOORS = [
     {""},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-TORCH_ONLY = {"kernels", "functional", "schedules", "ranges", "oscillation", "regularizers", "batch_norm"}
+TORCH_ONLY = {
+    "kernels",
+    "functional",
+    "recomputation",
+    "schedules",
+    "ranges",
+    "oscillation",
+    "regularizers",
+    "batch_norm",
+}
 
 
 def imported(source: str) -> set[str]:

@@ -81,8 +81,12 @@ class QuantizationAwareTraining(pl.Callback):
         scale_learning_rate: Learning rate of the scales' Adam. It acts on their logarithm: a step changes a scale by
             about this share of itself. It follows the learning-rate schedule of the module's optimizer.
         fused: Compute quantizers and the steps of the oscillation callbacks with kernels that ``torch.compile`` makes
-            of them, for a module that is not compiled itself. The first steps then take longer. Where there is no
-            compiler, a warning says so and everything runs eagerly.
+            of them; in a compiled module the quantizers are part of its graph anyway. The first steps then take longer.
+            Where there is no compiler, a warning says so and everything runs eagerly.
+        recompute: Quantize weights and inputs again in the backward pass instead of keeping the results for it: a
+            training step then needs the memory of one in full precision, and the time of one more forward pass of the
+            quantizers, with the same result to the bit. A compiled module chooses for itself what it keeps, and so does
+            activation checkpointing.
         print_plan: Print the plan (layer, type, shape, bits, ranges) before the first step.
         plan_path: File to write the plan to, as YAML, before the first step.
         forward_fn: Runs the network on a batch, given the LightningModule and the batch, where its ``training_step``
@@ -106,6 +110,7 @@ class QuantizationAwareTraining(pl.Callback):
         calibration_batches: int = 4,
         scale_learning_rate: float = 1e-3,
         fused: bool = False,
+        recompute: bool = False,
         print_plan: bool = False,
         plan_path: str | None = None,
         forward_fn: ForwardFn | None = None,
@@ -122,11 +127,13 @@ class QuantizationAwareTraining(pl.Callback):
         )
         check_count("calibration_batches", calibration_batches)
         check_number("scale_learning_rate", scale_learning_rate, low=0.0)
-        if not isinstance(fused, bool):
-            raise TypeError(f"fused must be True or False, got {fused!r}")
+        for name, value in (("fused", fused), ("recompute", recompute)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         self.calibration_batches = calibration_batches
         self.scale_learning_rate = scale_learning_rate
         self.fused = fused
+        self.recompute = recompute
         self.print_plan = print_plan
         self.plan_path = plan_path
         self.forward_fn = forward_fn
@@ -207,6 +214,7 @@ class QuantizationAwareTraining(pl.Callback):
             rank_zero_warn(f"fused=True needs torch.compile, which fails here, so kernels run eagerly: {problem}")
         for quantizer in quantizers(pl_module):
             quantizer.fused = self.fused and problem is None
+            quantizer.recompute = self.recompute
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--no-batch-norm", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--granularity", default="per_tensor")
     parser.add_argument("--quantize-first", action="store_true")
     parser.add_argument("--optimizer", default="SGD")
@@ -182,6 +183,7 @@ def main() -> None:
             first_last_bits=None,
             weight_granularity=a.granularity,
             scale_learning_rate=a.scale_lr,
+            recompute=a.recompute,
             calibration_batches=8,
         ),
         OscillationTracking(momentum=0.1),

@@ -66,6 +66,15 @@ def test_both_ranks_have_the_same_of_everything(runs, strategy, compiled, granul
     assert strategy == "ddp" or max(here) < 0.8 * first["all"]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_quantizing_again_in_the_backward_pass_changes_nothing(runs, strategy):
+    kept, _ = runs("--strategy", strategy, "--granularity", "per_tensor")
+    again, _ = runs("--strategy", strategy, "--granularity", "per_tensor", "--recompute")
+    assert [{k: v for k, v in r.items() if k != "here"} for r in again] == [
+        {k: v for k, v in r.items() if k != "here"} for r in kept
+    ]
+
+
 def test_sharded_is_as_replicated(runs):
     (ddp, _), _ = runs("--strategy", "ddp", "--granularity", "per_channel")
     (fsdp2, _), _ = runs("--strategy", "fsdp2", "--granularity", "per_channel")
