@@ -14,6 +14,7 @@ PAGE = HERE.parent / "docs" / "performance.md"
 HEADING = "## Measured\n"
 SCRIPTS = {
     "step_time": "A training step",
+    "top_operations": "Top operators of a step",
     "weights_sweep": "Many weights",
     "memory": "Memory",
     "launches": "Operators a step",

@@ -1,0 +1,67 @@
+"""Where a training step of the conv net spends its time: the profiler's top operators, with everything on and without.
+
+``python benchmarks/top_operations.py`` prints a table of milliseconds a step, without the time of nested operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from networks import WORKLOADS
+from torch.profiler import ProfilerActivity, profile
+from training import Steps, everything
+
+FIRST, STEPS, SHOWN = 5, 10, 14
+OWN_KERNELS = "compiled kernels of fused=True"
+
+
+class Profiled(L.Callback):
+    """Milliseconds a step of each operator, after some steps to warm up."""
+
+    def __init__(self) -> None:
+        self.milliseconds: dict[str, float] = {}
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin."""
+        if batch_idx == FIRST:
+            self.profiler = profile(activities=[ProfilerActivity.CPU])
+            self.profiler.__enter__()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Add up."""
+        if args[-1] == FIRST + STEPS - 1:
+            self.profiler.__exit__(None, None, None)
+            for event in self.profiler.key_averages():
+                name = OWN_KERNELS if "CompiledFxGraph" in event.key else event.key
+                if name.startswith("aten::") or name == OWN_KERNELS:
+                    spent = event.self_cpu_time_total / 1e3 / STEPS
+                    self.milliseconds[name] = self.milliseconds.get(name, 0.0) + spent
+
+
+def main() -> None:
+    """Run the benchmark."""
+    columns: dict[str, dict[str, float]] = {}
+    cases: dict[str, list[L.Callback]] = {
+        "full precision": [],
+        "everything on": everything(),
+        "fused=True": everything(fused=True),
+    }
+    for name, callbacks in cases.items():
+        profiled = Profiled()
+        Steps(WORKLOADS["conv net"], callbacks=callbacks).run(FIRST + STEPS + 1, profiled)
+        columns[name] = profiled.milliseconds
+    operators = {operator for times in columns.values() for operator in times}
+    ranked = sorted(operators, key=lambda o: -max(times.get(o, 0.0) for times in columns.values()))
+    print(f"| operator, ms a step | {' | '.join(columns)} |")
+    print(f"|---|{'---|' * len(columns)}")
+    for operator in ranked[:SHOWN]:
+        print(f"| {operator} | {' | '.join(f'{times.get(operator, 0.0):.1f}' for times in columns.values())} |")
+    rest = [sum(t for o, t in times.items() if o not in ranked[:SHOWN]) for times in columns.values()]
+    print(f"| all others | {' | '.join(f'{t:.1f}' for t in rest)} |")
+
+
+if __name__ == "__main__":
+    main()
