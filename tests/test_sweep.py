@@ -104,45 +104,36 @@ def test_dampening_adds_autograds_gradient_of_the_printed_loss(path, fused, gran
         assert torch.allclose(w.weight.grad, gradient, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("fused", FUSED)
-@pytest.mark.parametrize("path", PATHS, indirect=True)
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-def test_frozen_gradients_are_autograds_of_the_masked_forward(path, fused, granularity):
-    weights = weights_of(granularity, torch.float32, fused)
-    expected = []
-    for w in weights:
-        q, state = w.quantizer, w.quantizer.oscillation
-        state.frozen = torch.rand(w.weight.shape) < 0.5
-        state.hold_frozen(w.weight.detach(), q.scale.detach())
-        upstream = torch.randn(w.weight.shape)
-        masked = masked_fake_quantize(w.weight, q.scale, q.quant_min, q.quant_max, state.frozen, state.weight_int)
-        expected.append(torch.autograd.grad(masked, (w.weight, q.scale), upstream))
-        got = torch.autograd.grad(q(w.weight), (w.weight, q.scale), upstream)
-        w.weight.grad, q.scale_grad = got
-    sweep.pass_on_frozen_gradients(sweep.in_batches(weights))
-    for w, (of_weight, of_scale) in zip(weights, expected):
-        assert torch.allclose(w.weight.grad, torch.where(w.quantizer.oscillation.frozen, 0.0, of_weight))
-        assert torch.allclose(w.quantizer.scale_grad, of_scale, rtol=1e-4, atol=1e-4)
+def freeze_half(w):
+    """Freeze half of a weight and give it the gradients of our forward pass; returns autograd's of the masked one."""
+    q, state = w.quantizer, w.quantizer.oscillation
+    state.frozen = torch.rand(w.weight.shape) < 0.5
+    state.hold_frozen(w.weight.detach(), q.scale.detach())
+    upstream = torch.randn(w.weight.shape)
+    w.weight.grad, q.scale_grad = torch.autograd.grad(q(w.weight), (w.weight, q.scale), upstream)
+    masked = masked_fake_quantize(w.weight, q.scale, q.quant_min, q.quant_max, state.frozen, state.weight_int)
+    return torch.autograd.grad(masked, (w.weight, q.scale), upstream)
 
 
 @pytest.mark.parametrize("fused", FUSED)
 @pytest.mark.parametrize("path", PATHS, indirect=True)
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-def test_one_pass_gives_autograds_gradients_of_the_loss_with_dampening(path, fused, granularity):
+@pytest.mark.parametrize("dampening", [False, True])
+def test_frozen_gradients_are_autograds_of_the_masked_forward(path, fused, granularity, dampening):
     weights = weights_of(granularity, torch.float32, fused)
     expected = []
     for w in weights:
-        q, state = w.quantizer, w.quantizer.oscillation
-        state.frozen = torch.rand(w.weight.shape) < 0.5
-        state.hold_frozen(w.weight.detach(), q.scale.detach())
-        upstream = torch.randn(w.weight.shape)
-        masked = masked_fake_quantize(w.weight, q.scale, q.quant_min, q.quant_max, state.frozen, state.weight_int)
-        of_task = torch.autograd.grad(masked, (w.weight, q.scale), upstream)
-        loss = 0.3 * dampening_loss(w.weight, q.scale.detach(), q.quant_min, q.quant_max, "mean")
-        of_dampening = torch.autograd.grad(loss, w.weight)[0]
-        expected.append((torch.where(state.frozen, 0.0, of_task[0] + of_dampening), of_task[1]))
-        w.weight.grad, q.scale_grad = torch.autograd.grad(q(w.weight), (w.weight, q.scale), upstream)
-    sweep.dampen_and_pass_on(sweep.in_batches(weights), 0.3, "mean")
+        q = w.quantizer
+        of_weight, of_scale = freeze_half(w)
+        if dampening:
+            loss = 0.3 * dampening_loss(w.weight, q.scale.detach(), q.quant_min, q.quant_max, "mean")
+            of_weight = of_weight + torch.autograd.grad(loss, w.weight)[0]
+        expected.append((torch.where(q.oscillation.frozen, 0.0, of_weight), of_scale))
+    batches = sweep.in_batches(weights)
+    if dampening:
+        sweep.dampen_and_pass_on(batches, 0.3, "mean")
+    else:
+        sweep.pass_on_frozen_gradients(batches)
     for w, (of_weight, of_scale) in zip(weights, expected):
         assert torch.allclose(w.weight.grad, of_weight, rtol=1e-5, atol=1e-6)
         assert torch.allclose(w.quantizer.scale_grad, of_scale, rtol=1e-4, atol=1e-4)
