@@ -208,8 +208,8 @@ def advance(
         quant_min: Smallest integer.
         quant_max: Largest integer.
     """
-    z = (weight / scale).round_().clamp_(quant_min, quant_max)
-    number = z.dtype
+    number = frequency.dtype
+    z = (weight / scale).round_().clamp_(quant_min, quant_max).to(number)
     held = frozen.to(number)
     z, new_direction, new_frequency, new_ema = _track(
         z, weight_int.to(number), direction.to(number), frequency, ema_int, held, momentum

@@ -48,7 +48,7 @@ def weights_of(granularity, dtype, fused):
 @pytest.mark.parametrize("fused", FUSED)
 @pytest.mark.parametrize("path", PATHS, indirect=True)
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_states_are_those_of_slow_loops(path, fused, granularity, dtype):
     weights = weights_of(granularity, dtype, fused)
     loops = {w.name: [WeightLoop(z, 0.1) for z in w.quantizer.to_int(w.weight).flatten().tolist()] for w in weights}
