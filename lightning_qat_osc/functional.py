@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_qat_osc.kernels import SMALL, compiled, in_one_order, memory
 
-__all__ = ["fake_quantize", "integer_grid", "quantize_to_int", "rows"]
+__all__ = ["Limit", "fake_quantize", "integer_grid", "limits_for_kernels", "quantize_to_int", "rows"]
+
+Limit = TypeVar("Limit", int, Tensor)
+"""A limit of an integer grid: a number, or a tensor without dimensions."""
 
 
 def integer_grid(bits: int, *, signed: bool) -> tuple[int, int]:
@@ -34,14 +37,14 @@ def integer_grid(bits: int, *, signed: bool) -> tuple[int, int]:
     return 0, 2**bits - 1
 
 
-def _where_inside(values: Tensor, v: Tensor, n: int, p: int) -> Tensor:
+def _where_inside(values: Tensor, v: Tensor, n: Limit, p: Limit) -> Tensor:
     """``values`` where n <= v <= p, else 0: eagerly in one pass, several times as fast as with a mask.
 
     The backward of hardtanh does it for open intervals, so this asks for the one between the floats next to the limits.
     """
     if torch.compiler.is_compiling():
         return torch.where((v >= n) & (v <= p), values, 0.0)
-    inside: Tensor = torch.ops.aten.hardtanh_backward.default(values, v, *_just_outside(n, p, v.dtype))
+    inside: Tensor = torch.ops.aten.hardtanh_backward.default(values, v, *_just_outside(int(n), int(p), v.dtype))
     return inside
 
 
@@ -60,13 +63,20 @@ def _next_away_from_zero(limit: int, sign: float, dtype: torch.dtype) -> float:
     return limit + sign * math.ldexp(info.eps, exponent - 1)
 
 
-def _quantize_dequantize(x: Tensor, scale: Tensor, n: int, p: int) -> Tensor:
+@cache
+def limits_for_kernels(n: int, p: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The limits of a grid as compiled kernels take them: integers they convert anew for each handful of elements."""
+    with torch.inference_mode(False):
+        return torch.tensor(float(n), device=device), torch.tensor(float(p), device=device)
+
+
+def _quantize_dequantize(x: Tensor, scale: Tensor, n: Limit, p: Limit) -> Tensor:
     """Round to nearest (ties to even, as torch, ONNX and the hardware do), clip, and scale back."""
     return (x / scale).round_().clamp_(n, p).mul_(scale).to(x.dtype)
 
 
 def _gradients(
-    grad: Tensor, x: Tensor, scale: Tensor, n: int, p: int, of_x: bool, of_scale: bool
+    grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Limit, of_x: bool, of_scale: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Straight through for x inside the grid; for the scale round(v) - v inside, n or p outside."""
     v = x / scale
@@ -105,7 +115,7 @@ class _FusedLearnedStepSize(_LearnedStepSize):
         views = rows([scale], [x])
         if views is None:
             return _quantize_dequantize(x, scale, n, p)
-        out: Tensor = compiled(_quantize_dequantize)(views[1], views[0], n, p)
+        out: Tensor = compiled(_quantize_dequantize)(views[1], views[0], *limits_for_kernels(n, p, x.device))
         return out.as_strided(x.shape, x.stride())
 
     @staticmethod
@@ -118,8 +128,8 @@ class _FusedLearnedStepSize(_LearnedStepSize):
         if views is None:
             return _LearnedStepSize.backward(ctx, *grad_outputs)
         s, x_view, grad_view = views
-        needed = ctx.needs_input_grad[:2]
-        grad_x, grad_scale = compiled(_gradients)(grad_view, x_view, s, *ctx.limits, *needed)
+        limits = limits_for_kernels(*ctx.limits, x.device)
+        grad_x, grad_scale = compiled(_gradients)(grad_view, x_view, s, *limits, *ctx.needs_input_grad[:2])
         return (
             None if grad_x is None else grad_x.as_strided(x.shape, x.stride()),
             None if grad_scale is None else grad_scale.view(scale.shape),

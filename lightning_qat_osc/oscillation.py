@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_qat_osc.functional import Limit
 from lightning_qat_osc.sharding import sharded_like
 
 __all__ = ["OscillationState", "advance", "pass_on_gradient"]
@@ -163,7 +164,7 @@ def _track(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Section 4.1, with ``frozen`` in numbers 0 and 1."""
     z = _between(z, z_before, frozen)
-    delta = (z - z_before).sign_()
+    delta = (z - z_before).clamp_(-1.0, 1.0)  # its sign: a difference of integers
     oscillated = (delta * direction).clamp_(max=0.0).neg_()  # opposite signs, neither of them 0
     frequency = _between(frequency, oscillated, momentum)
     ema_int = _between(ema_int, z, momentum)
@@ -190,8 +191,8 @@ def advance(
     frozen: Tensor,
     momentum: Tensor,
     threshold: Tensor | None,
-    quant_min: int,
-    quant_max: int,
+    quant_min: Limit,
+    quant_max: Limit,
 ) -> None:
     """One optimizer step of :class:`OscillationState`, in place: ``update``, and ``freeze`` and ``hold_frozen``.
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_qat_osc.functional import fake_quantize
+from lightning_qat_osc.functional import Limit, fake_quantize
 
 __all__ = ["Aggregation", "add_dampening_gradient", "dampening_factor", "dampening_gradient", "dampening_loss"]
 
@@ -61,7 +61,7 @@ def dampening_factor(shape: torch.Size, aggregation: Aggregation) -> float:
 
 
 def add_dampening_gradient(
-    scale: Tensor, pull: Tensor, grad: Tensor, weight: Tensor, quant_min: int, quant_max: int
+    scale: Tensor, pull: Tensor, grad: Tensor, weight: Tensor, quant_min: Limit, quant_max: Limit
 ) -> None:
     r"""Add a multiple of :func:`dampening_loss`'s gradient, :math:`2 (w - w_q) \, 1[s n \le w \le s p]`, in place.
 

@@ -12,7 +12,7 @@ from itertools import accumulate, repeat
 import torch
 from torch import Tensor
 
-from lightning_qat_osc.functional import rows
+from lightning_qat_osc.functional import Limit, limits_for_kernels, rows
 from lightning_qat_osc.kernels import SMALL, compiled, joined_copy, memory, parted
 from lightning_qat_osc.lookup import QuantizedWeight
 from lightning_qat_osc.oscillation import OscillationState, advance, pass_on_gradient
@@ -90,8 +90,8 @@ def _dampen_and_pass_on(
     weight: Tensor,
     weight_int: Tensor,
     frozen: Tensor,
-    quant_min: int,
-    quant_max: int,
+    quant_min: Limit,
+    quant_max: Limit,
 ) -> None:
     add_dampening_gradient(scale, pull, grad, weight, quant_min, quant_max)
     pass_on_gradient(owed, grad, weight_int, frozen)
@@ -113,7 +113,7 @@ class WeightBatch:
     Attributes:
         weights: The latent weights.
         scales: Their scales.
-        grid: The smallest and the largest integer.
+        grid: The smallest and the largest integer, as the kernel takes them.
     """
 
     def __init__(self, weights: Sequence[QuantizedWeight]) -> None:
@@ -121,10 +121,11 @@ class WeightBatch:
         self.weights: list[Tensor] = [w.weight for w in weights]
         self.scales: list[Tensor] = [q.scale for q in self._quantizers]
         first = self._quantizers[0]
-        self.grid = first.quant_min, first.quant_max
         self._size = sum(w.numel() for w in self.weights)
-        self._fused = first.fused and self._size > SMALL
         self._sharded = is_sharded(self.weights[0])
+        self._fused = first.fused and self._size > SMALL and not self._sharded
+        grid = first.quant_min, first.quant_max
+        self.grid = limits_for_kernels(*grid, self.weights[0].device) if self._fused else grid
         self._stretches: Tensor | None = None
         if len(weights) > 1:
             lengths = [w.numel() // s.numel() for w, s in zip(self.weights, self.scales) for _ in range(s.numel())]
