@@ -65,19 +65,8 @@ class OscillationState(nn.Module):
             weight_int: Integers after the step, of the dtype and shape of the stored ones.
             momentum: Weight of the new value, m.
         """
-        z, direction, frequency, ema_int = _track(
-            weight_int.float(),
-            self.weight_int.float(),
-            self.direction.float(),
-            self.frequency,
-            self.ema_int,
-            self.frozen.float(),
-            momentum,
-        )
-        self.weight_int.copy_(z)
-        self.direction.copy_(direction)
-        self.frequency.copy_(frequency)
-        self.ema_int.copy_(ema_int)
+        z, frozen = weight_int.float(), self.frozen.float()
+        _track(z, self.weight_int, self.direction, self.frequency, self.ema_int, frozen, momentum)
 
     @torch.no_grad()
     def freeze(self, threshold: float) -> None:
@@ -86,8 +75,8 @@ class OscillationState(nn.Module):
         Args:
             threshold: Frequency above which a weight is frozen, f_th.
         """
-        z, frozen = _freeze(self.weight_int.float(), self.frequency, self.ema_int, self.frozen.float(), threshold)
-        self.weight_int.copy_(z)
+        z, frozen = self.weight_int.float(), self.frozen.float()
+        _freeze(z, self.weight_int, self.frequency, self.ema_int, frozen, threshold)
         self.frozen.copy_(frozen)
 
     @torch.no_grad()
@@ -139,45 +128,52 @@ class OscillationState(nn.Module):
                 setattr(self, name, saved.to(device=tensor.device, dtype=tensor.dtype, copy=True))
 
 
-def _between(old: Tensor, new: Tensor, share: Tensor | float) -> Tensor:
-    """What lies a share of the way from ``old`` to ``new``: for shares 0 and 1 one of both, if they are integers."""
+def _move(old: Tensor, share: Tensor | float, new: Tensor) -> None:
+    """Move ``old`` a share of the way to ``new``, in place: by 0 or 1 of it exactly, between integers."""
     if torch.compiler.is_compiling():
-        return old + share * (new - old)
-    return torch.lerp(old, new, share)  # the same in one pass
+        old.add_(share * (new - old))
+    else:
+        old.lerp_(new, share)  # the same in one pass
 
 
-def _held(weight: Tensor, at: Tensor, frozen: Tensor) -> Tensor:
-    """The weights, but ``at`` where ``frozen`` is 1."""
+def _hold(weight: Tensor, frozen: Tensor, at: Tensor) -> None:
+    """Put the weights at ``at`` where ``frozen`` is 1."""
     if torch.compiler.is_compiling():
-        return torch.where(frozen > 0.0, at, weight)
-    return torch.lerp(weight, at, frozen)  # without a mask, which CPUs are slow with, and exact at 0 and 1
+        weight.copy_(torch.where(frozen > 0.0, at, weight))
+    else:
+        weight.lerp_(at, frozen)  # without a mask, which CPUs are slow with, and exact at 0 and 1
 
 
 def _track(
     z: Tensor,
-    z_before: Tensor,
+    weight_int: Tensor,
     direction: Tensor,
     frequency: Tensor,
     ema_int: Tensor,
     frozen: Tensor,
     momentum: Tensor | float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Section 4.1, with ``frozen`` in numbers 0 and 1."""
-    z = _between(z, z_before, frozen)
-    delta = (z - z_before).clamp_(-1.0, 1.0)  # its sign: a difference of integers
-    oscillated = (delta * direction).clamp_(max=0.0).neg_()  # opposite signs, neither of them 0
-    frequency = _between(frequency, oscillated, momentum)
-    ema_int = _between(ema_int, z, momentum)
-    direction = _between(direction, delta, delta.abs())
-    return z, direction, frequency, ema_int
+) -> None:
+    """Section 4.1 in place. ``z``: the integers after the step; ``frozen``: 0 and 1; both of one floating dtype."""
+    before = weight_int.to(z.dtype)
+    _move(z, frozen, before)
+    delta = z.sub(before).clamp_(-1.0, 1.0)  # its sign: a difference of integers
+    last = direction.to(z.dtype)
+    oscillated = (delta * last).clamp_(max=0.0).neg_()  # opposite signs, neither of them 0
+    _move(frequency, momentum, oscillated)
+    _move(ema_int, momentum, z)
+    _move(last, delta.abs(), delta)
+    weight_int.copy_(z)
+    direction.copy_(last)
 
 
 def _freeze(
-    z: Tensor, frequency: Tensor, ema_int: Tensor, frozen: Tensor, threshold: Tensor | float
-) -> tuple[Tensor, Tensor]:
-    """Algorithm 1's freezing, with ``frozen`` in numbers 0 and 1."""
-    newly_frozen = frequency.clone().gt_(threshold).mul_(1.0 - frozen)  # in place: numbers, and no mask
-    return _between(z, ema_int.round(), newly_frozen), frozen + newly_frozen
+    z: Tensor, weight_int: Tensor, frequency: Tensor, ema_int: Tensor, frozen: Tensor, threshold: Tensor | float
+) -> None:
+    """Algorithm 1's freezing in place, of the same ``z`` and ``frozen``."""
+    newly_frozen = frequency.clone().gt_(threshold).sub_(frozen).clamp_(min=0.0)  # in place: numbers, and no mask
+    _move(z, newly_frozen, ema_int.round())
+    frozen.add_(newly_frozen)
+    weight_int.copy_(z)
 
 
 @torch.no_grad()
@@ -189,8 +185,8 @@ def advance(
     frequency: Tensor,
     ema_int: Tensor,
     frozen: Tensor,
-    momentum: Tensor,
-    threshold: Tensor | None,
+    momentum: Tensor | float,
+    threshold: Tensor | float | None,
     quant_min: Limit,
     quant_max: Limit,
 ) -> None:
@@ -204,25 +200,18 @@ def advance(
         frequency: The state's.
         ema_int: The state's.
         frozen: The state's, or the same as numbers 0 and 1.
-        momentum: Weight of the new value, m, without dimensions.
-        threshold: Frequency above which a weight is frozen, without dimensions; None neither freezes nor holds.
+        momentum: Weight of the new value, m; a tensor without dimensions for compiled kernels.
+        threshold: Frequency above which a weight is frozen, likewise; None neither freezes nor holds.
         quant_min: Smallest integer.
         quant_max: Largest integer.
     """
-    number = frequency.dtype
-    z = (weight / scale).round_().clamp_(quant_min, quant_max).to(number)
-    held = frozen.to(number)
-    z, new_direction, new_frequency, new_ema = _track(
-        z, weight_int.to(number), direction.to(number), frequency, ema_int, held, momentum
-    )
+    z = (weight / scale).round_().clamp_(quant_min, quant_max).to(frequency.dtype)
+    held = frozen.to(z.dtype)
+    _track(z, weight_int, direction, frequency, ema_int, held, momentum)
     if threshold is not None:
-        z, held = _freeze(z, new_frequency, new_ema, held, threshold)
+        _freeze(z, weight_int, frequency, ema_int, held, threshold)
         frozen.copy_(held)
-        weight.copy_(_held(weight, (scale * z).to(weight.dtype), held.to(weight.dtype)))
-    weight_int.copy_(z)
-    direction.copy_(new_direction)
-    frequency.copy_(new_frequency)
-    ema_int.copy_(new_ema)
+        _hold(weight, held.to(weight.dtype), (scale * z).to(weight.dtype))
 
 
 @torch.no_grad()
@@ -241,7 +230,7 @@ def pass_on_gradient(scale_grad: Tensor, weight_grad: Tensor, weight_int: Tensor
         weight_int: The state's integers.
         frozen: The state's, or the same as numbers 0 and 1.
     """
-    held = frozen.to(scale_grad.dtype)
-    owed = (weight_grad * held * weight_int.to(held.dtype)).sum_to_size(scale_grad.shape)
+    of_frozen = weight_grad * frozen.to(scale_grad.dtype)
+    weight_grad.sub_(of_frozen)
+    owed = of_frozen.mul_(weight_int.to(of_frozen.dtype)).sum_to_size(scale_grad.shape)
     scale_grad.add_(sharded_like(owed, scale_grad))
-    weight_grad.mul_(1.0 - held)

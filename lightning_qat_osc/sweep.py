@@ -161,9 +161,9 @@ class WeightBatch:
         # numbers 0 and 1, without a copy: compiled kernels and CPUs are slow with booleans
         return joined.view(torch.int8) if joined.dtype == torch.bool and not self._sharded else joined
 
-    def scalar(self, value: float) -> Tensor:
-        """A number as a tensor: compiled kernels would be made anew for each number, and a copy to a GPU would wait."""
-        return torch.full((), value, device=self.weights[0].device)
+    def scalar(self, value: float) -> Tensor | float:
+        """A number as the kernel takes it: compiled ones are made anew for each number, and not for each tensor."""
+        return torch.full((), value, device=self.weights[0].device) if self._fused else value
 
     def run(
         self,
@@ -171,7 +171,7 @@ class WeightBatch:
         scales: Sequence[list[Tensor]],
         changed: list[Tensor],
         others: Sequence[Tensor | list[Tensor]],
-        *scalars: Tensor | int | None,
+        *scalars: Tensor | float | None,
         owed_to: list[Tensor] | None = None,
     ) -> None:
         """Run a kernel that works in place.
@@ -202,7 +202,7 @@ class WeightBatch:
         if owed_to is not None:
             torch._foreach_add_(owed_to, [p.sum_to_size(s.shape) for p, s in zip(parted(owed[0], changed), owed_to)])
 
-    def _run(self, kernel: Callable[..., None], views: list[Tensor], scalars: Sequence[Tensor | int | None]) -> None:
+    def _run(self, kernel: Callable[..., None], views: list[Tensor], scalars: Sequence[Tensor | float | None]) -> None:
         if self._fused:
             compiled(kernel)(*views, *scalars)
         elif views[0].is_cpu:
