@@ -43,7 +43,7 @@ def _where_inside(values: Tensor, v: Tensor, n: Limit, p: Limit) -> Tensor:
     The backward of hardtanh does it for open intervals, so this asks for the one between the floats next to the limits.
     """
     if torch.compiler.is_compiling():
-        return torch.where((v >= n) & (v <= p), values, 0.0)
+        return torch.where(v == v.clamp(n, p), values, 0.0)
     inside: Tensor = torch.ops.aten.hardtanh_backward.default(values, v, *_just_outside(int(n), int(p), v.dtype))
     return inside
 
@@ -85,7 +85,7 @@ def _gradients(
     grad_scale = None
     if of_scale:
         v_inside = _where_inside(v, v, n, p)
-        dxq_ds = v.round_().clamp_(n, p).sub_(v_inside)
+        dxq_ds = v.clamp_(n, p).round_().sub_(v_inside)
         grad_scale = dxq_ds.mul_(wide).sum_to_size(scale.shape)
     return grad_x, grad_scale
 

@@ -23,7 +23,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @cache
 def compiled(function: Function) -> Function:
-    """A function through ``torch.compile``, with sizes left open, so that layers of other sizes share one kernel."""
+    """A function through ``torch.compile``, with sizes left open, so that layers of other sizes share one kernel.
+
+    Not for functions in ``torch.no_grad()`` as a decorator: torch counts recompilations of all these as one function's,
+    a user's compiled layers included.
+    """
     return cast(Function, torch.compile(function, dynamic=True))
 
 

@@ -176,7 +176,6 @@ def _freeze(
     weight_int.copy_(z)
 
 
-@torch.no_grad()
 def advance(
     scale: Tensor,
     weight: Tensor,
@@ -214,7 +213,6 @@ def advance(
         _hold(weight, held.to(weight.dtype), (scale * z).to(weight.dtype))
 
 
-@torch.no_grad()
 def pass_on_gradient(scale_grad: Tensor, weight_grad: Tensor, weight_int: Tensor, frozen: Tensor) -> None:
     r"""Give the scale the gradient that frozen weights owe it, and take theirs, both in place.
 

@@ -202,6 +202,25 @@ def test_fused_gradients_are_autograds_of_the_equation(path, shape, groups, chan
 
 
 @needs_compiler
+def test_kernels_of_many_variants_leave_recompilations_to_the_users_model():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for granularity in ("per_tensor", "per_channel"):
+            weights = weights_of(granularity, dtype, True)
+            for w in weights:
+                freeze_half(w)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sweep, "SMALL", 0)
+                batches = sweep.in_batches(weights)
+            sweep.pass_on_frozen_gradients(batches)
+            sweep.advance_states(batches, 0.1)
+            sweep.advance_states(batches, 0.1, 0.2)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU())
+    x = torch.randn(4, 6)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    assert torch.allclose(compiled, model(x))
+
+
+@needs_compiler
 def test_a_compiler_that_is_there_has_no_problem():
     assert why_nothing_compiles(torch.device("cpu")) is None
 
