@@ -24,7 +24,7 @@ from lightning_qat_osc import (
     QuantizationAwareTraining,
 )
 
-UNTIMED, TIMED = 3, 10  # steps at the start of each short run that do not count, and those that do
+UNTIMED, TIMED = 3, 6  # steps at the start of each short run that do not count, and those that do
 
 
 class Classifier(L.LightningModule):

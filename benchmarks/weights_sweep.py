@@ -1,7 +1,7 @@
 """Tracking, dampening and freezing of many weights, without a network: a step, against optimizers and the authors'.
 
-``python benchmarks/weights_sweep.py`` prints a table for 25 million weights in layers of about a million and of four
-million, and the cost per weight from 1 to 100 million.
+``python benchmarks/weights_sweep.py`` prints a table for 25 million weights in layers of about a million, of four
+million and in one, and the cost per weight from 1 to 100 million.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def compare(layers: int, width: int, rounds: int) -> str:
     weights = tracked(layers, width)
     parameters = [w.weight for w in weights]
     adamw = torch.optim.AdamW(parameters, lr=1e-9)
+    adamw_fused = torch.optim.AdamW(parameters, lr=1e-9, fused=True)
     sgd = torch.optim.SGD(parameters, lr=1e-9, momentum=0.9)
     trackers = [PlainTracker() for _ in weights]
     copies = [torch.empty_like(p) for p in parameters]
@@ -69,6 +70,7 @@ def compare(layers: int, width: int, rounds: int) -> str:
     results = race(
         {
             "AdamW": timed(adamw.step),
+            "AdamW, fused=True": timed(adamw_fused.step),
             "SGD with momentum": timed(sgd.step),
             "one copy of the weights": timed(copy),
             "tracking, dampening and freezing": timed(sweep(weights, False)),
@@ -78,7 +80,7 @@ def compare(layers: int, width: int, rounds: int) -> str:
         rounds,
         warmup=2,
     )
-    return table(f"{layers} layers of {width} x {width}", results)
+    return table(f"{layers} layer{'s' if layers > 1 else ''} of {width} x {width}", results)
 
 
 def per_weight(millions: tuple[int, ...], rounds: int) -> str:
@@ -98,7 +100,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     print(machine())
-    print("", compare(24, 1024, rounds), compare(6, 2048, rounds), per_weight((1, 10, 25, 100), rounds), sep="\n\n")
+    shapes = (24, 1024), (6, 2048), (1, 5120)
+    tables = [compare(layers, width, rounds) for layers, width in shapes]
+    print("", *tables, per_weight((1, 10, 25, 100), rounds), sep="\n\n")
 
 
 if __name__ == "__main__":
