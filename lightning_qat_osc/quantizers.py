@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Self
 
+from lightning_qat_osc.arguments import with_quantized_arguments
 from lightning_qat_osc.config import Granularity, QuantConfig
 from lightning_qat_osc.functional import fake_quantize, integer_grid, quantize_to_int
 from lightning_qat_osc.layers import calling_forward
@@ -296,7 +296,11 @@ class QuantizedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Quantize the inputs and the weights, then run the layer's own forward on them."""
         recipes: list[tuple[Tensor, Recipe]] = []
-        args, kwargs = self._quantize_inputs(args, kwargs, recipes)
+
+        def quantize(argument: str, x: Tensor) -> Tensor:
+            return _quantized(getattr(self, self.argument_quantizers[argument]), x, recipes)
+
+        args, kwargs = with_quantized_arguments(self.argument_quantizers, quantize, args, kwargs)
         substitutes: dict[str, Any] = {
             name: _quantized(getattr(self, child), getattr(self, name), recipes)
             for name, child in self.parameter_quantizers.items()
@@ -324,25 +328,6 @@ class QuantizedLayer(nn.Module):
             for name in substitutes:
                 del self.__dict__[name]
             self.__dict__.update(before)
-
-    def _quantize_inputs(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], recipes: list[tuple[Tensor, Recipe]]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        seen: list[tuple[Any, Any]] = []  # in self-attention one tensor is all three inputs: it is quantized once
-        positional, keywords = list(args), dict(kwargs)
-        for i, (argument, child) in enumerate(self.argument_quantizers.items()):
-            if i >= len(args) and argument not in kwargs:
-                break  # the layer's own forward says what is missing
-            x = args[i] if i < len(args) else kwargs[argument]
-            x_q = next((quantized for other, quantized in seen if other is x), None)
-            if x_q is None:
-                x_q = _quantize_input(getattr(self, child), x, recipes)
-                seen.append((x, x_q))
-            if i < len(args):
-                positional[i] = x_q
-            else:
-                keywords[argument] = x_q
-        return tuple(positional), keywords
 
     def _recurrent_forward(self, *args: Any, **kwargs: Any) -> Any:
         """A recurrent layer keeps a list of its weights, and reads that."""
@@ -379,14 +364,8 @@ def latent_weight(layer: nn.Module, parameter: str) -> Tensor:
             module.training = training
 
 
-def _quantize_input(quantizer: Quantizer, x: Any, recipes: list[tuple[Tensor, Recipe]]) -> Any:
-    if isinstance(x, PackedSequence):
-        return x._replace(data=_quantized(quantizer, x.data, recipes))
-    return _quantized(quantizer, x, recipes)
-
-
-def _quantized(quantizer: Quantizer, x: Any, recipes: list[tuple[Tensor, Recipe]]) -> Any:
-    quantized = quantizer(x)
+def _quantized(quantizer: Quantizer, x: Tensor, recipes: list[tuple[Tensor, Recipe]]) -> Tensor:
+    quantized: Tensor = quantizer(x)
     # a compiler decides by itself what is kept and what is made again
     if quantizer.recompute and quantizer.active and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         recipes.append((quantized, quantizer.recipe(x)))

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 
 # from the ground up: a module may import those in lines before its own
 FLOORS = [
-    {"kernels", "sharding", "schedules", "ranges", "layers"},
+    {"kernels", "sharding", "schedules", "ranges", "layers", "arguments"},
     {"functional", "recomputation"},
     {"oscillation", "regularizers", "batch_norm", "config"},
     {"quantizers", "metrics"},
@@ -41,6 +41,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TORCH_ONLY = {
     "kernels",
     "functional",
+    "arguments",
     "recomputation",
     "schedules",
     "ranges",

@@ -11,10 +11,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
+from lightning_qat_osc.arguments import with_quantized_arguments
 from lightning_qat_osc.export.folding import Folding
 from lightning_qat_osc.export.folding import fold_batch_norm as fold
 from lightning_qat_osc.export.integers import (
@@ -50,27 +50,13 @@ class QuantizeInputs:
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Replace the arguments; a tensor that is given as several of them is quantized once, by the first's grid."""
-        positional, keywords = list(args), dict(kwargs)
-        seen: list[tuple[Any, Any]] = []
-        for i, (argument, grid) in enumerate(self.grids.items()):
-            if i >= len(args) and argument not in kwargs:
-                break  # the layer's own forward says what is missing
-            x = args[i] if i < len(args) else kwargs[argument]
-            x_q = next((quantized for other, quantized in seen if other is x), None)
-            if x_q is None:
-                x_q = x if grid is None else self._quantize_any(x, grid)
-                seen.append((x, x_q))
-            if i < len(args):
-                positional[i] = x_q
-            else:
-                keywords[argument] = x_q
-        return tuple(positional), keywords
+        """Replace the arguments."""
 
-    def _quantize_any(self, x: Any, grid: InputGrid) -> Any:
-        if isinstance(x, PackedSequence):
-            return x._replace(data=self.quantize(x.data, grid))
-        return self.quantize(x, grid)
+        def quantize(argument: str, x: Tensor) -> Tensor:
+            grid = self.grids[argument]
+            return x if grid is None else self.quantize(x, grid)
+
+        return with_quantized_arguments(self.grids, quantize, args, kwargs)
 
     def quantize(self, x: Tensor, grid: InputGrid) -> Tensor:
         """Quantize and dequantize. Exporters override it with their own operators."""
