@@ -24,6 +24,9 @@ def with_quantized_arguments(
         quantize: Called with the name of an argument and its values.
         args: Positional arguments.
         kwargs: The others.
+
+    Returns:
+        Both, with what ``quantize`` returned in place.
     """
     seen: list[tuple[Any, Any]] = []
     positional, keywords = list(args), dict(kwargs)

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_qat_osc.kernels import SMALL, compiled, in_one_order, memory
+from lightning_qat_osc.kernels import SMALL, compiled, in_one_order, memory, number
 
-__all__ = ["Limit", "fake_quantize", "integer_grid", "limits_for_kernels", "quantize_to_int", "rows"]
+__all__ = ["Limit", "fake_quantize", "integer_grid", "quantize_to_int", "rows"]
 
 Limit = TypeVar("Limit", int, Tensor)
 """A limit of an integer grid: a number, or a tensor without dimensions."""
@@ -61,13 +61,6 @@ def _next_away_from_zero(limit: int, sign: float, dtype: torch.dtype) -> float:
         return sign * info.smallest_normal * info.eps
     _, exponent = math.frexp(limit)
     return limit + sign * math.ldexp(info.eps, exponent - 1)
-
-
-@cache
-def limits_for_kernels(n: int, p: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The limits of a grid as compiled kernels take them: integers they convert anew for each handful of elements."""
-    with torch.inference_mode(False):
-        return torch.tensor(float(n), device=device), torch.tensor(float(p), device=device)
 
 
 def _quantize_dequantize(x: Tensor, scale: Tensor, n: Limit, p: Limit) -> Tensor:
@@ -115,7 +108,8 @@ class _FusedLearnedStepSize(_LearnedStepSize):
         views = rows([scale], [x])
         if views is None:
             return _quantize_dequantize(x, scale, n, p)
-        out: Tensor = compiled(_quantize_dequantize)(views[1], views[0], *limits_for_kernels(n, p, x.device))
+        limits = number(n, x.device), number(p, x.device)
+        out: Tensor = compiled(_quantize_dequantize)(views[1], views[0], *limits)
         return out.as_strided(x.shape, x.stride())
 
     @staticmethod
@@ -128,7 +122,7 @@ class _FusedLearnedStepSize(_LearnedStepSize):
         if views is None:
             return _LearnedStepSize.backward(ctx, *grad_outputs)
         s, x_view, grad_view = views
-        limits = limits_for_kernels(*ctx.limits, x.device)
+        limits = (number(limit, x.device) for limit in ctx.limits)
         grad_x, grad_scale = compiled(_gradients)(grad_view, x_view, s, *limits, *ctx.needs_input_grad[:2])
         return (
             None if grad_x is None else grad_x.as_strided(x.shape, x.stride()),

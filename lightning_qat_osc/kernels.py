@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-__all__ = ["SMALL", "compiled", "in_one_order", "joined_copy", "memory", "parted", "why_nothing_compiles"]
+__all__ = ["SMALL", "compiled", "in_one_order", "joined_copy", "memory", "number", "parted", "why_nothing_compiles"]
 
 SMALL = 2**15
 """Elements up to which a compiled kernel is not worth its call.
@@ -29,6 +29,16 @@ def compiled(function: Function) -> Function:
     a user's compiled layers included.
     """
     return cast(Function, torch.compile(function, dynamic=True))
+
+
+@lru_cache(maxsize=256)
+def number(value: float, device: torch.device) -> Tensor:
+    """A number as compiled kernels take it, without dimensions.
+
+    They are made anew for each Python float, and convert an integer in every iteration. A fill waits for no GPU.
+    """
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def why_nothing_compiles(device: torch.device) -> str | None:

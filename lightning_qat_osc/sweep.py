@@ -12,8 +12,8 @@ from itertools import accumulate, repeat
 import torch
 from torch import Tensor
 
-from lightning_qat_osc.functional import Limit, limits_for_kernels, rows
-from lightning_qat_osc.kernels import SMALL, compiled, joined_copy, memory, parted
+from lightning_qat_osc.functional import Limit, rows
+from lightning_qat_osc.kernels import SMALL, compiled, joined_copy, memory, number, parted
 from lightning_qat_osc.lookup import QuantizedWeight
 from lightning_qat_osc.oscillation import OscillationState, advance, pass_on_gradient
 from lightning_qat_osc.regularizers import Aggregation, add_dampening_gradient, dampening_factor
@@ -124,8 +124,7 @@ class WeightBatch:
         self._size = sum(w.numel() for w in self.weights)
         self._sharded = is_sharded(self.weights[0])
         self._fused = first.fused and self._size > SMALL and not self._sharded
-        grid = first.quant_min, first.quant_max
-        self.grid = limits_for_kernels(*grid, self.weights[0].device) if self._fused else grid
+        self.grid = self.scalar(first.quant_min), self.scalar(first.quant_max)
         self._stretches: Tensor | None = None
         if len(weights) > 1:
             lengths = [w.numel() // s.numel() for w, s in zip(self.weights, self.scales) for _ in range(s.numel())]
@@ -162,8 +161,8 @@ class WeightBatch:
         return joined.view(torch.int8) if joined.dtype == torch.bool and not self._sharded else joined
 
     def scalar(self, value: float) -> Tensor | float:
-        """A number as the kernel takes it: compiled ones are made anew for each number, and not for each tensor."""
-        return torch.full((), value, device=self.weights[0].device) if self._fused else value
+        """A number as the kernel takes it."""
+        return number(value, self.weights[0].device) if self._fused else value
 
     def run(
         self,

@@ -202,15 +202,14 @@ def test_fused_gradients_are_autograds_of_the_equation(path, shape, groups, chan
 
 
 @needs_compiler
-def test_kernels_of_many_variants_leave_recompilations_to_the_users_model():
+@pytest.mark.parametrize("path", ["alone"], indirect=True)
+def test_kernels_of_many_variants_leave_recompilations_to_the_users_model(path):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for granularity in ("per_tensor", "per_channel"):
             weights = weights_of(granularity, dtype, True)
             for w in weights:
                 freeze_half(w)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sweep, "SMALL", 0)
-                batches = sweep.in_batches(weights)
+            batches = sweep.in_batches(weights)
             sweep.pass_on_frozen_gradients(batches)
             sweep.advance_states(batches, 0.1)
             sweep.advance_states(batches, 0.1, 0.2)
