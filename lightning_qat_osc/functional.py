@@ -79,8 +79,36 @@ def _gradients(
     if of_scale:
         v_inside = _where_inside(v, v, n, p)
         dxq_ds = v.clamp_(n, p).round_().sub_(v_inside)
-        grad_scale = dxq_ds.mul_(wide).sum_to_size(scale.shape)
+        grad_scale = _sum_to_scale(dxq_ds.mul_(wide), scale)
     return grad_x, grad_scale
+
+
+def _gradients_to_differentiate(
+    grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Limit
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same as differentiable functions of ``grad``, for gradient penalties.
+
+    ``x`` and ``scale`` are constants here: to straight-through differentiation x_q has no second derivatives but 0.
+    """
+    with torch.no_grad():
+        v = x / scale
+        inside = _where_inside(torch.ones_like(v), v, n, p)
+        dxq_ds = v.clamp(n, p).round_().sub_(_where_inside(v, v, n, p))
+    wide = grad.to(v.dtype)
+    return (wide * inside).to(grad.dtype), _sum_to_scale(wide * dxq_ds, scale)
+
+
+def _is_differentiated() -> bool:
+    """Whether a backward pass is itself recorded, for ``create_graph=True``. Compiled ones cannot be."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _sum_to_scale(terms: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of a scale from its terms, one for each value."""
+    if terms.dim() > 3 and scale.numel() == 1:
+        # channel by channel, as batch normalization sums: a compiler then reads what both need once
+        terms = terms.sum((0, *range(2, terms.dim())), keepdim=True)
+    return terms.sum_to_size(scale.shape)
 
 
 class _LearnedStepSize(torch.autograd.Function):
@@ -95,6 +123,8 @@ class _LearnedStepSize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, scale = ctx.saved_tensors
+        if _is_differentiated():
+            return *_gradients_to_differentiate(grad_outputs[0], x, scale, *ctx.limits), None, None
         return *_gradients(grad_outputs[0], x, scale, *ctx.limits, *ctx.needs_input_grad[:2]), None, None
 
 
@@ -114,6 +144,8 @@ class _FusedLearnedStepSize(_LearnedStepSize):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if _is_differentiated():
+            return _LearnedStepSize.backward(ctx, *grad_outputs)
         x, scale = ctx.saved_tensors
         (grad,) = grad_outputs
         if grad.stride() != x.stride():

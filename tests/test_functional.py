@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from reference import fake_quantize_equation
@@ -6,6 +8,7 @@ from lightning_qat_osc.functional import fake_quantize, integer_grid, quantize_t
 
 # powers of two, for which torch's multiplication by the reciprocal rounds as the division does
 EXACT_SCALES = [2.0**-5, 0.125, 1.0]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiled kernels need a C++ compiler")
 
 
 def grids():
@@ -71,6 +74,23 @@ def test_both_gradients_are_autograds_of_the_printed_equation(shape, zero_point)
     assert torch.allclose(gx, x.grad, rtol=1e-15, atol=0)  # autograd multiplies by s and divides by it again
     assert torch.allclose(gs, s.grad, rtol=1e-12)
     assert 0 < (gx == 0).sum() < gx.numel()  # both zones were visited
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_compiler)])
+def test_a_gradient_penalty_is_differentiated_as_the_printed_equation_is(fused):
+    x = torch.randn(40, 1000, dtype=torch.float64, requires_grad=True)
+    s = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    w = torch.randn(40, 1000, dtype=torch.float64, requires_grad=True)
+
+    def second_derivatives(quantize):
+        loss = (w * quantize(x, s)).square().sum()
+        first = torch.autograd.grad(loss, [x, s, w], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), [x, s, w])
+
+    ours = second_derivatives(lambda x, s: fake_quantize(x, s, -4, 3, fused=fused))
+    expected = second_derivatives(lambda x, s: fake_quantize_equation(x, s, -4, 3))
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(ours, expected))
 
 
 def test_gradient_passes_up_to_the_limits_and_no_further():

@@ -77,6 +77,21 @@ def test_gradients_are_the_same_to_the_bit(name):
     assert all(g is not None and torch.equal(a, g) for a, g in zip(kept, made_again))
 
 
+def test_a_gradient_penalty_is_the_same():
+    make, shape = NETWORKS["linear"]
+    torch.manual_seed(0)
+    x = torch.randn(shape).requires_grad_()
+    network = quantized(make(), x)
+
+    def of_penalty():
+        (gradient,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), [p for p in network.parameters() if p.dim() > 1])
+
+    kept = of_penalty()
+    recompute(network, True)
+    assert all(torch.equal(a, g) for a, g in zip(kept, of_penalty()))
+
+
 def left_after_forward(network, x):
     """References to what the quantizers made that is still there when only the output is held."""
     made = []
