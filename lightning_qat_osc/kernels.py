@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, TypeVar, cast
@@ -17,6 +16,8 @@ SMALL = 2**15
 """Elements up to which a compiled kernel is not worth its call.
 
 It would also be made for one thread, if tensors so small were the first that it sees."""
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -53,8 +54,11 @@ def why_nothing_compiles(device: torch.device) -> str | None:
 def in_one_order(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors of one shape fill their memory in one order: all are contiguous, or all in channels_last."""
     first = tensors[0]
-    dense = any(first.is_contiguous(memory_format=f) for f in _formats(first))
-    return dense and all(t.stride() == first.stride() and t.shape == first.shape for t in tensors)
+    if not first.is_contiguous():
+        channels_last = _CHANNELS_LAST.get(first.dim())
+        if channels_last is None or not first.is_contiguous(memory_format=channels_last):
+            return False
+    return all(t.stride() == first.stride() and t.shape == first.shape for t in tensors[1:])
 
 
 def memory(x: Tensor, *shape: int) -> Tensor:
@@ -62,11 +66,9 @@ def memory(x: Tensor, *shape: int) -> Tensor:
 
     No view in torch's sense: a kernel compiled for a view is compiled again for each shape of what it is a view of.
     """
-    size = torch.Size(shape)
-    strides = [math.prod(size[i + 1 :]) for i in range(len(size))]
-    return torch.empty(0, dtype=x.dtype, device=x.device).set_(
-        x.untyped_storage(), x.storage_offset(), size, tuple(strides)
-    )
+    empty = torch.empty(0, dtype=x.dtype, device=x.device)
+    # contiguous, for no strides are given: an argument that torch has, and its type hints have not
+    return empty.set_(x.untyped_storage(), x.storage_offset(), shape)  # type: ignore[no-any-return, call-overload]
 
 
 def joined_copy(tensors: Sequence[Tensor]) -> Tensor:
@@ -77,8 +79,3 @@ def joined_copy(tensors: Sequence[Tensor]) -> Tensor:
 def parted(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
     """Views of joined elements, in the shapes of the tensors that they come from."""
     return cast(Sequence[Tensor], _unflatten_dense_tensors(joined, like))  # type: ignore[no-untyped-call]
-
-
-def _formats(x: Tensor) -> Sequence[torch.memory_format]:
-    of_images = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}
-    return (torch.contiguous_format, *of_images.get(x.dim(), ()))
