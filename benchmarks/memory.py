@@ -1,7 +1,7 @@
 """Peak memory of a training step, from the allocator's events, and bytes of oscillation state.
 
-``python benchmarks/memory.py`` prints a table for each network: what a step allocates at its peak beyond parameters and
-optimizer state, in MiB, and with these its ratio to full precision.
+``python benchmarks/memory.py`` prints a table for each network, in MiB: what a step allocates at its peak, the same with
+what is kept from step to step (parameters, momentum, oscillation state), and the ratio of this to full precision.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def measure(workload: Workload) -> str:
     }
     held = 2 * sum(p.numel() for p in workload.network().parameters()) * 4  # parameters and momentum
     peak: dict[str, int] = {}
-    lines = [f"| {workload.name} | peak of a step, MiB | ratio |", "|---|---|---|"]
+    lines = [f"| {workload.name} | allocated in a step, MiB | with what is kept | ratio |", "|---|---|---|---|"]
     for name, make in cases.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -82,7 +82,8 @@ def measure(workload: Workload) -> str:
         kept = sum(t.nbytes for state in states for t in state.state_dict().values())
         peak[name] = watch.bytes + held + kept
         base = "full precision, compiled" if "compiled" in name else "full precision"
-        lines.append(f"| {name} | {watch.bytes / 2**20:.0f} | {peak[name] / peak[base]:.2f} |")
+        ratio = peak[name] / peak[base]
+        lines.append(f"| {name} | {watch.bytes / 2**20:.0f} | {peak[name] / 2**20:.0f} | {ratio:.2f} |")
         if kept:
             weights = sum(state.frequency.numel() for state in states)
             note = f"Oscillation state: {kept / weights:.0f} bytes a tracked weight."

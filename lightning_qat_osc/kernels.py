@@ -67,7 +67,7 @@ def memory(x: Tensor, *shape: int) -> Tensor:
     No view in torch's sense: a kernel compiled for a view is compiled again for each shape of what it is a view of.
     """
     empty = torch.empty(0, dtype=x.dtype, device=x.device)
-    # contiguous, for no strides are given: an argument that torch has, and its type hints have not
+    # without strides, which torch then takes as contiguous; its type hints ask for them
     return empty.set_(x.untyped_storage(), x.storage_offset(), shape)  # type: ignore[no-any-return, call-overload]
 
 
