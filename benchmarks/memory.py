@@ -1,7 +1,7 @@
 """Peak memory of a training step, from the allocator's events, and bytes of oscillation state.
 
-``python benchmarks/memory.py`` prints a table for each network, in MiB: what a step allocates at its peak, the same with
-what is kept from step to step (parameters, momentum, oscillation state), and the ratio of this to full precision.
+``python benchmarks/memory.py`` prints a table for each network, in MiB: what a step allocates at its peak, the same
+with what is kept from step to step (parameters, momentum, oscillation state), and the ratio of this to full precision.
 """
 
 from __future__ import annotations
