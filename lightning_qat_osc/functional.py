@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_qat_osc.kernels import SMALL, compiled, in_one_order, memory, number
+from lightning_qat_osc.sharding import is_sharded
 
-__all__ = ["Limit", "fake_quantize", "integer_grid", "quantize_to_int", "rows"]
+__all__ = ["Limit", "fake_quantize", "fake_quantize_pair", "integer_grid", "quantize_to_int", "rows"]
 
 Limit = TypeVar("Limit", int, Tensor)
 """A limit of an integer grid: a number, or a tensor without dimensions."""
@@ -69,9 +71,10 @@ def _quantize_dequantize(x: Tensor, scale: Tensor, n: Limit, p: Limit) -> Tensor
 
 
 def _gradients(
-    grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Limit, of_x: bool, of_scale: bool
+    needed: Sequence[bool], grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Limit
 ) -> tuple[Tensor | None, Tensor | None]:
     """Straight through for x inside the grid; for the scale round(v) - v inside, n or p outside."""
+    of_x, of_scale = needed
     v = x / scale
     wide = grad.to(v.dtype)
     grad_x = _where_inside(wide, v, n, p).to(grad.dtype) if of_x else None
@@ -105,8 +108,8 @@ def _is_differentiated() -> bool:
 
 def _sum_to_scale(terms: Tensor, scale: Tensor) -> Tensor:
     """The gradient of a scale from its terms, one for each value."""
-    if terms.dim() > 3 and scale.numel() == 1:
-        # channel by channel, as batch normalization sums: a compiler then reads what both need once
+    if terms.dim() > 3 and scale.numel() == 1 and torch.compiler.is_compiling():
+        # channel by channel, as batch normalization sums: the compiler then reads what both need once
         terms = terms.sum((0, *range(2, terms.dim())), keepdim=True)
     return terms.sum_to_size(scale.shape)
 
@@ -125,43 +128,66 @@ class _LearnedStepSize(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         if _is_differentiated():
             return *_gradients_to_differentiate(grad_outputs[0], x, scale, *ctx.limits), None, None
-        return *_gradients(grad_outputs[0], x, scale, *ctx.limits, *ctx.needs_input_grad[:2]), None, None
+        return *_gradients(ctx.needs_input_grad[:2], grad_outputs[0], x, scale, *ctx.limits), None, None
 
 
-class _FusedLearnedStepSize(_LearnedStepSize):
-    """The same in one compiled kernel forward and one backward, where the memory of all tensors runs in one order."""
+class _FusedLearnedStepSizes(torch.autograd.Function):
+    """The same for one tensor or for two at once, in one compiled kernel forward and one backward.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, n: int, p: int) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.limits = n, p
-        views = rows([scale], [x])
-        if views is None:
-            return _quantize_dequantize(x, scale, n, p)
-        limits = number(n, x.device), number(p, x.device)
-        out: Tensor = compiled(_quantize_dequantize)(views[1], views[0], *limits)
-        return out.as_strided(x.shape, x.stride())
+    Its arguments are the limits of each tensor's grid, then each tensor followed by its scale.
+    """
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def forward(ctx: Any, limits: Sequence[tuple[int, int]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        ctx.limits = limits
+        xs, scales = tensors[::2], tensors[1::2]
+        operands = [_operands([x], scale, *grid) for x, scale, grid in zip(xs, scales, limits)]
+        views = compiled(_forward_of_one if len(limits) == 1 else _forward_of_two)(*chain(*operands))
+        return tuple(view.as_strided(x.shape, x.stride()) for x, view in zip(xs, views))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, limits = ctx.saved_tensors, ctx.limits
+        xs, scales = tensors[::2], tensors[1::2]
         if _is_differentiated():
-            return _LearnedStepSize.backward(ctx, *grad_outputs)
-        x, scale = ctx.saved_tensors
-        (grad,) = grad_outputs
-        if grad.stride() != x.stride():
-            grad = torch.empty_like(x).copy_(grad)
-        views = rows([scale], [x, grad])
-        if views is None:
-            return _LearnedStepSize.backward(ctx, *grad_outputs)
-        s, x_view, grad_view = views
-        limits = (number(limit, x.device) for limit in ctx.limits)
-        grad_x, grad_scale = compiled(_gradients)(grad_view, x_view, s, *limits, *ctx.needs_input_grad[:2])
-        return (
-            None if grad_x is None else grad_x.as_strided(x.shape, x.stride()),
-            None if grad_scale is None else grad_scale.view(scale.shape),
-            None,
-            None,
-        )
+            return None, *chain(*map(_gradients_to_differentiate, grads, xs, scales, *zip(*limits)))
+        grads = tuple(g if g.stride() == x.stride() else torch.empty_like(x).copy_(g) for g, x in zip(grads, xs))
+        operands = [_operands([g, x], scale, *grid) for g, x, scale, grid in zip(grads, xs, scales, limits)]
+        kernel = compiled(_backward_of_one if len(limits) == 1 else _backward_of_two)
+        views = kernel(ctx.needs_input_grad[1:], *chain(*operands))
+        return None, *(v if v is None else v.as_strided(t.shape, t.stride()) for v, t in zip(views, tensors))
+
+
+# torch counts how often each of these is compiled, and has a limit for it: so none is for one tensor and for two
+def _forward_of_one(x: Tensor, scale: Tensor, n: Tensor, p: Tensor) -> tuple[Tensor]:
+    return (_quantize_dequantize(x, scale, n, p),)
+
+
+def _forward_of_two(*operands: Tensor) -> tuple[Tensor, Tensor]:
+    return _quantize_dequantize(*operands[:4]), _quantize_dequantize(*operands[4:])
+
+
+def _backward_of_one(needed: Sequence[bool], *operands: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(needed, *operands)
+
+
+def _backward_of_two(needed: Sequence[bool], *operands: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradients(needed[:2], *operands[:5]), *_gradients(needed[2:], *operands[5:])
+
+
+def _operands(tensors: Sequence[Tensor], scale: Tensor, n: int, p: int) -> list[Tensor]:
+    """Tensors, their scale and the limits of their grid, as compiled kernels take them."""
+    views = rows([scale], tensors)
+    assert views is not None
+    return [*views[1:], views[0], number(n, scale.device), number(p, scale.device)]
+
+
+def in_rows(scale: Tensor, x: Tensor) -> bool:
+    """Whether the memory of a tensor is one row with one scale, or a row for each, as :func:`rows` needs it."""
+    if scale.numel() == 1:
+        return in_one_order([x])
+    return scale.dim() == x.dim() and scale.shape[0] == scale.numel() and x.is_contiguous()
 
 
 def rows(scales: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor] | None:
@@ -172,7 +198,7 @@ def rows(scales: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor] | 
     groups, n = scales[0].numel(), tensors[0].numel()
     if groups == 1 and in_one_order(tensors):
         return [*(memory(s, 1) for s in scales), *(memory(t, n) for t in tensors)]
-    if groups > 1 and scales[0].shape[0] == groups and all(t.is_contiguous() for t in tensors):
+    if groups > 1 and all(in_rows(scales[0], t) for t in tensors):
         return [*(memory(s, groups, 1) for s in scales), *(memory(t, groups, n // groups) for t in tensors)]
     return None
 
@@ -207,11 +233,34 @@ def fake_quantize(
     Returns:
         The quantized values, in the shape and dtype of ``x``.
     """
+    limits = quant_min - zero_point, quant_max - zero_point
     # inside somebody's compiled graph the equations fuse with what is around them
-    fused = fused and x.numel() > SMALL and not torch.compiler.is_compiling()
-    function = _FusedLearnedStepSize if fused else _LearnedStepSize
-    out: Tensor = function.apply(x, scale, quant_min - zero_point, quant_max - zero_point)  # type: ignore[no-untyped-call]
-    return out
+    if fused and not torch.compiler.is_compiling() and x.numel() > SMALL and _suits_kernels(x, scale):
+        return _FusedLearnedStepSizes.apply((limits,), x, scale)[0]  # type: ignore[no-untyped-call, no-any-return]
+    return _LearnedStepSize.apply(x, scale, *limits)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def fake_quantize_pair(
+    xs: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor], limits: tuple[tuple[int, int], tuple[int, int]]
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`fake_quantize` of a large tensor and a small one, not worth a kernel of its own, in the same kernel.
+
+    Args:
+        xs: The large tensor and the small one.
+        scales: Their scales.
+        limits: n and p of each.
+
+    Returns:
+        Both quantized, or None where they are not of such sizes or not as kernels take them.
+    """
+    sizes_suit = xs[0].numel() > SMALL >= xs[1].numel() > 0 and xs[0].device == xs[1].device
+    if not sizes_suit or not all(map(_suits_kernels, xs, scales)):
+        return None
+    return _FusedLearnedStepSizes.apply(limits, xs[0], scales[0], xs[1], scales[1])  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _suits_kernels(x: Tensor, scale: Tensor) -> bool:
+    return in_rows(scale, x) and not is_sharded(x)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from lightning_qat_osc.arguments import with_quantized_arguments
 from lightning_qat_osc.config import Granularity, QuantConfig
-from lightning_qat_osc.functional import fake_quantize, integer_grid, quantize_to_int
+from lightning_qat_osc.functional import fake_quantize, fake_quantize_pair, integer_grid, quantize_to_int
 from lightning_qat_osc.layers import calling_forward
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.ranges import RangeMethod, activation_grid, estimate_scale
@@ -66,6 +66,17 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x``, of any shape that the scale broadcasts against."""
         return self._quantize(x, self.scale) if self.active else x
+
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody watches its calls, which then have to be made."""
+        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
+        return any(hooks)
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The smallest and the largest integer counted from the zero point, n and p."""
+        return self.quant_min - self.zero_point, self.quant_max - self.zero_point
 
     def _quantize(self, x: Tensor, scale: Tensor) -> Tensor:
         return fake_quantize(x, scale, self.quant_min, self.quant_max, self.zero_point, fused=self.fused)
@@ -296,15 +307,24 @@ class QuantizedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Quantize the inputs and the weights, then run the layer's own forward on them."""
         recipes: list[tuple[Tensor, Recipe]] = []
+        waiting = {name: getattr(self, name) for name in self.parameter_quantizers}
+        substitutes: dict[str, Any] = {}
 
         def quantize(argument: str, x: Tensor) -> Tensor:
-            return _quantized(getattr(self, self.argument_quantizers[argument]), x, recipes)
+            quantizer = getattr(self, self.argument_quantizers[argument])
+            if waiting:
+                name, weight = next(iter(waiting.items()))
+                weight_quantizer = getattr(self, self.parameter_quantizers[name])
+                both = _quantized_together(quantizer, x, weight_quantizer, weight, recipes)
+                if both is not None:
+                    x_q, substitutes[name] = both
+                    del waiting[name]
+                    return x_q
+            return _quantized(quantizer, x, recipes)
 
         args, kwargs = with_quantized_arguments(self.argument_quantizers, quantize, args, kwargs)
-        substitutes: dict[str, Any] = {
-            name: _quantized(getattr(self, child), getattr(self, name), recipes)
-            for name, child in self.parameter_quantizers.items()
-        }
+        for name, weight in waiting.items():
+            substitutes[name] = _quantized(getattr(self, self.parameter_quantizers[name]), weight, recipes)
         idle = [q.scale.sum() for q in self.quantizers() if not q.active]
         if idle:
             # DDP waits for a gradient of every parameter, also of a scale that is not in use: it gets 0
@@ -366,10 +386,27 @@ def latent_weight(layer: nn.Module, parameter: str) -> Tensor:
 
 def _quantized(quantizer: Quantizer, x: Tensor, recipes: list[tuple[Tensor, Recipe]]) -> Tensor:
     quantized: Tensor = quantizer(x)
+    _note_recipe(quantizer, x, quantized, recipes)
+    return quantized
+
+
+def _quantized_together(
+    quantizer: Quantizer, x: Tensor, other: Quantizer, weight: Tensor, recipes: list[tuple[Tensor, Recipe]]
+) -> tuple[Tensor, Tensor] | None:
+    """A large input and a small weight from one kernel, or None where each is to be quantized by itself."""
+    if torch.compiler.is_compiling() or not all(q.fused and q.active and not q.hooked for q in (quantizer, other)):
+        return None
+    both = fake_quantize_pair((x, weight), (quantizer.scale, other.scale), (quantizer.limits, other.limits))
+    if both is not None:
+        _note_recipe(quantizer, x, both[0], recipes)
+        _note_recipe(other, weight, both[1], recipes)
+    return both
+
+
+def _note_recipe(quantizer: Quantizer, x: Tensor, quantized: Tensor, recipes: list[tuple[Tensor, Recipe]]) -> None:
     # a compiler decides by itself what is kept and what is made again
     if quantizer.recompute and quantizer.active and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         recipes.append((quantized, quantizer.recipe(x)))
-    return quantized
 
 
 def quantized_class(layer_class: type[nn.Module]) -> type[nn.Module]:

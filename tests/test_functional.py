@@ -4,7 +4,8 @@ import pytest
 import torch
 from reference import fake_quantize_equation
 
-from lightning_qat_osc.functional import fake_quantize, integer_grid, quantize_to_int
+from lightning_qat_osc import functional
+from lightning_qat_osc.functional import fake_quantize, fake_quantize_pair, integer_grid, quantize_to_int
 
 # powers of two, for which torch's multiplication by the reciprocal rounds as the division does
 EXACT_SCALES = [2.0**-5, 0.125, 1.0]
@@ -91,6 +92,88 @@ def test_a_gradient_penalty_is_differentiated_as_the_printed_equation_is(fused):
     ours = second_derivatives(lambda x, s: fake_quantize(x, s, -4, 3, fused=fused))
     expected = second_derivatives(lambda x, s: fake_quantize_equation(x, s, -4, 3))
     assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(ours, expected))
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_pair_is_quantized_as_each_alone_is(monkeypatch, channels_last, groups, dtype):
+    monkeypatch.setattr(functional, "SMALL", 100)
+    x, w = torch.randn(4, 3, 5, 5).to(dtype), torch.randn(6, 3, 1, 1)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    scales = torch.tensor([0.3]), 0.2 + 0.2 * torch.rand(groups, *[1] * (3 if groups > 1 else 0))
+    limits = (0, 15), (-4, 3)
+    upstream = torch.randn(x.shape).to(dtype), torch.randn(w.shape)
+    inputs = [t.clone().requires_grad_() for t in (x, scales[0], w, scales[1])]
+    together = fake_quantize_pair((inputs[0], inputs[2]), (inputs[1], inputs[3]), limits)
+    got = torch.autograd.grad(together, inputs, upstream)
+    alone = fake_quantize(x, scales[0], 0, 15), fake_quantize(w, scales[1], -4, 3)
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(together, alone))
+    exact = [t.double().requires_grad_() for t in (x, scales[0], w, scales[1])]
+    equation = [fake_quantize_equation(exact[i], exact[i + 1], *grid) for i, grid in ((0, limits[0]), (2, limits[1]))]
+    wanted = torch.autograd.grad(equation, exact, [g.double() for g in upstream])
+    for a, b in zip(got, wanted):
+        assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_pair_is_differentiated_twice_as_the_printed_equation_is(monkeypatch):
+    monkeypatch.setattr(functional, "SMALL", 100)
+    tensors = [torch.randn(40, 30), torch.tensor([0.3]), torch.randn(5, 20), torch.tensor([0.2])]
+    tensors = [t.double().requires_grad_() for t in tensors]
+
+    def second_derivatives(quantize):
+        x_q, w_q = quantize(*tensors)
+        loss = (x_q.square().sum() + 1.0) * w_q.square().sum()
+        first = torch.autograd.grad(loss, tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    limits = (0, 15), (-4, 3)
+    ours = second_derivatives(lambda x, s, w, t: fake_quantize_pair((x, w), (s, t), limits))
+    expected = second_derivatives(
+        lambda x, s, w, t: (fake_quantize_equation(x, s, 0, 15), fake_quantize_equation(w, t, -4, 3))
+    )
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(ours, expected))
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("constant", [[0], [1], [2], [3], [0, 1], [2, 3]], ids=str)
+def test_what_needs_no_gradient_of_a_pair_gets_none(monkeypatch, constant):
+    monkeypatch.setattr(functional, "SMALL", 100)
+    tensors = [torch.randn(40, 30), torch.tensor([0.3]), torch.randn(5, 20), torch.tensor([0.2])]
+    for i, t in enumerate(tensors):
+        t.requires_grad_(i not in constant)
+    limits = (0, 15), (-4, 3)
+    x_q, w_q = fake_quantize_pair((tensors[0], tensors[2]), (tensors[1], tensors[3]), limits)
+    (x_q.sum() + w_q.square().sum()).backward()
+    assert [i for i, t in enumerate(tensors) if t.grad is None] == constant
+
+
+def test_only_a_large_tensor_and_a_small_one_are_a_pair(monkeypatch):
+    monkeypatch.setattr(functional, "SMALL", 100)
+    large, small, limits = torch.randn(20, 20), torch.randn(6, 2, 2, 2), ((-4, 3), (-4, 3))
+    one, each = torch.tensor([0.1]), torch.full((6, 1, 1, 1), 0.1)
+    rejected = {
+        "both small": ((small, small), (one, one)),
+        "both large": ((large, large), (one, one)),
+        "nothing": ((large, small[:0]), (one, one)),
+        "rows that do not follow each other": ((large, small.to(memory_format=torch.channels_last)), (one, each)),
+        "an order of its own": ((large.t()[::2], small), (one, one)),
+    }
+    assert [name for name, pair in rejected.items() if fake_quantize_pair(*pair, limits) is not None] == []
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scales_of_the_last_dimension_are_not_taken_for_those_of_the_first(monkeypatch):
+    monkeypatch.setattr(functional, "SMALL", 0)
+    x, scale = torch.randn(5, 5), 0.1 + 0.1 * torch.arange(5.0)
+    assert torch.equal(fake_quantize(x, scale, -4, 3, fused=True), fake_quantize(x, scale, -4, 3))
 
 
 def test_gradient_passes_up_to_the_limits_and_no_further():

@@ -1,16 +1,17 @@
 import copy
 import io
 import pickle
+import shutil
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_qat_osc import QuantConfig, quantize_model
+from lightning_qat_osc import QuantConfig, functional, quantize_model
 from lightning_qat_osc.functional import fake_quantize
 from lightning_qat_osc.lookup import quantized_layers
-from lightning_qat_osc.quantizers import InputQuantizer, WeightQuantizer, quantized_class
+from lightning_qat_osc.quantizers import InputQuantizer, Quantizer, WeightQuantizer, quantized_class
 
 LAYERS = {
     "Conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2), (2, 4, 9)),
@@ -218,3 +219,39 @@ def test_direct_construction():
     x = InputQuantizer(2)
     x.calibrate(torch.rand(100), 0.0, 1.0)
     assert (x.quant_min, x.quant_max, x.zero_point) == (0, 3, 0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiled kernels need a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_a_small_weight_goes_with_a_large_input_unless_somebody_watches(monkeypatch, granularity, recompute):
+    monkeypatch.setattr(functional, "SMALL", 300)  # of 216 and 648
+    layer = quantized(nn.Conv2d(4, 6, 3), granularity)
+    x = torch.randn(2, 4, 9, 9)
+    layer.weight_quantizer.calibrate(layer.weight)
+    layer.input_quantizer.calibrate(x.flatten(), x.min().item(), x.max().item())
+    parameters = list(layer.parameters())
+    calls = []
+    monkeypatch.setattr(Quantizer, "forward", lambda q, x: calls.append(q) or q._quantize(x, q.scale))
+
+    def gradients(fused):
+        for q in layer.quantizers():
+            q.fused, q.recompute = fused, recompute
+        calls.clear()
+        out = layer(x)
+        return out, torch.autograd.grad(out.square().sum(), parameters)
+
+    out, wanted = gradients(False)
+    assert calls == [layer.input_quantizer, layer.weight_quantizer]
+    seen = []
+    for watched in (None, *layer.quantizers()):
+        seen.clear()
+        handle = None if watched is None else watched.register_forward_hook(lambda m, args, out: seen.append(m))
+        fused_out, got = gradients(True)
+        assert calls == ([] if watched is None else [layer.input_quantizer, layer.weight_quantizer])
+        assert seen == ([] if watched is None else [watched])
+        assert torch.equal(fused_out, out)
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, wanted))
+        if handle is not None:
+            handle.remove()
