@@ -143,7 +143,7 @@ class _FusedLearnedStepSizes(torch.autograd.Function):
         ctx.limits = limits
         xs, scales = tensors[::2], tensors[1::2]
         operands = [_operands([x], scale, *grid) for x, scale, grid in zip(xs, scales, limits)]
-        views = compiled(_forward_of_one if len(limits) == 1 else _forward_of_two)(*chain(*operands))
+        views = compiled(_forward_of_each, _sizes(xs))(*chain(*operands))
         return tuple(view.as_strided(x.shape, x.stride()) for x, view in zip(xs, views))
 
     @staticmethod
@@ -154,26 +154,22 @@ class _FusedLearnedStepSizes(torch.autograd.Function):
             return None, *chain(*map(_gradients_to_differentiate, grads, xs, scales, *zip(*limits)))
         grads = tuple(g if g.stride() == x.stride() else torch.empty_like(x).copy_(g) for g, x in zip(grads, xs))
         operands = [_operands([g, x], scale, *grid) for g, x, scale, grid in zip(grads, xs, scales, limits)]
-        kernel = compiled(_backward_of_one if len(limits) == 1 else _backward_of_two)
-        views = kernel(ctx.needs_input_grad[1:], *chain(*operands))
+        views = compiled(_backward_of_each, _sizes(xs))(ctx.needs_input_grad[1:], *chain(*operands))
         return None, *(v if v is None else v.as_strided(t.shape, t.stride()) for v, t in zip(views, tensors))
 
 
-# torch counts how often each of these is compiled, and has a limit for it: so none is for one tensor and for two
-def _forward_of_one(x: Tensor, scale: Tensor, n: Tensor, p: Tensor) -> tuple[Tensor]:
-    return (_quantize_dequantize(x, scale, n, p),)
+def _sizes(xs: Sequence[Tensor]) -> str:
+    return "_".join("large" if x.numel() > SMALL else "small" for x in xs)
 
 
-def _forward_of_two(*operands: Tensor) -> tuple[Tensor, Tensor]:
-    return _quantize_dequantize(*operands[:4]), _quantize_dequantize(*operands[4:])
+def _forward_of_each(*operands: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_quantize_dequantize(*operands[i : i + 4]) for i in range(0, len(operands), 4))
 
 
-def _backward_of_one(needed: Sequence[bool], *operands: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(needed, *operands)
-
-
-def _backward_of_two(needed: Sequence[bool], *operands: Tensor) -> tuple[Tensor | None, ...]:
-    return *_gradients(needed[:2], *operands[:5]), *_gradients(needed[2:], *operands[5:])
+def _backward_of_each(needed: Sequence[bool], *operands: Tensor) -> tuple[Tensor | None, ...]:
+    """For each tensor its gradient and its scale's."""
+    each = [_gradients(needed[2 * i : 2 * i + 2], *operands[5 * i : 5 * i + 5]) for i in range(len(operands) // 5)]
+    return tuple(chain(*each))
 
 
 def _operands(tensors: Sequence[Tensor], scale: Tensor, n: int, p: int) -> list[Tensor]:
@@ -243,20 +239,25 @@ def fake_quantize(
 def fake_quantize_pair(
     xs: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor], limits: tuple[tuple[int, int], tuple[int, int]]
 ) -> tuple[Tensor, Tensor] | None:
-    """:func:`fake_quantize` of a large tensor and a small one, not worth a kernel of its own, in the same kernel.
+    """:func:`fake_quantize` of two tensors in one compiled kernel.
 
     Args:
-        xs: The large tensor and the small one.
+        xs: The tensors.
         scales: Their scales.
         limits: n and p of each.
 
     Returns:
-        Both quantized, or None where they are not of such sizes or not as kernels take them.
+        Both quantized, or None where both are small, or one is not as kernels take it.
     """
-    sizes_suit = xs[0].numel() > SMALL >= xs[1].numel() > 0 and xs[0].device == xs[1].device
-    if not sizes_suit or not all(map(_suits_kernels, xs, scales)):
+    first, second = xs
+    if first.numel() < second.numel():
+        both = fake_quantize_pair(xs[::-1], scales[::-1], limits[::-1])
+        return None if both is None else both[::-1]
+    if first.numel() <= SMALL or second.numel() == 0 or first.device != second.device:
         return None
-    return _FusedLearnedStepSizes.apply(limits, xs[0], scales[0], xs[1], scales[1])  # type: ignore[no-untyped-call, no-any-return]
+    if not all(map(_suits_kernels, xs, scales)):
+        return None
+    return _FusedLearnedStepSizes.apply(limits, first, scales[0], second, scales[1])  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _suits_kernels(x: Tensor, scale: Tensor) -> bool:

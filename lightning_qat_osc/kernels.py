@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,12 +24,20 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @cache
-def compiled(function: Function) -> Function:
+def compiled(function: Function, variant: str = "") -> Function:
     """A function through ``torch.compile``, with sizes left open, so that layers of other sizes share one kernel.
 
     Not for functions in ``torch.no_grad()`` as a decorator: torch counts recompilations of all these as one function's,
     a user's compiled layers included.
+
+    Args:
+        function: A plain function.
+        variant: What is compiled is shared within a variant alone. A loop is made for one thread if the first tensors
+            that it sees are small, and torch has a limit for the forms of one function.
     """
+    if variant:
+        code = function.__code__.replace(co_name=f"{function.__name__}_{variant}")
+        function = cast(Function, FunctionType(code, function.__globals__))
     return cast(Function, torch.compile(function, dynamic=True))
 
 
