@@ -247,7 +247,7 @@ def fake_quantize_pair(
         limits: n and p of each.
 
     Returns:
-        Both quantized, or None where both are small, or one is not as kernels take it.
+        Both quantized, or None where both are small, or one is not as kernels take it, or only one has gradients.
     """
     first, second = xs
     if first.numel() < second.numel():
@@ -255,8 +255,9 @@ def fake_quantize_pair(
         return None if both is None else both[::-1]
     if first.numel() <= SMALL or second.numel() == 0 or first.device != second.device:
         return None
-    if not all(map(_suits_kernels, xs, scales)):
-        return None
+    learned = [x.requires_grad or scale.requires_grad for x, scale in zip(xs, scales)]
+    if learned[0] != learned[1] or not all(map(_suits_kernels, xs, scales)):
+        return None  # autograd would take both for learned
     return _FusedLearnedStepSizes.apply(limits, first, scales[0], second, scales[1])  # type: ignore[no-untyped-call, no-any-return]
 
 

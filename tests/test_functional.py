@@ -144,7 +144,7 @@ def test_a_pair_is_differentiated_twice_as_the_printed_equation_is(monkeypatch):
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("constant", [[0], [1], [2], [3], [0, 1], [2, 3]], ids=str)
+@pytest.mark.parametrize("constant", [[0], [1], [2], [3], [0, 2], [1, 3]], ids=str)
 def test_what_needs_no_gradient_of_a_pair_gets_none(monkeypatch, constant):
     monkeypatch.setattr(functional, "SMALL", 100)
     tensors = [torch.randn(40, 30), torch.tensor([0.3]), torch.randn(5, 20), torch.tensor([0.2])]
@@ -165,6 +165,8 @@ def test_what_no_kernel_is_worth_or_takes_is_no_pair(monkeypatch):
         "nothing": ((large, small[:0]), (one, one)),
         "rows that do not follow each other": ((large, small.to(memory_format=torch.channels_last)), (one, each)),
         "an order of its own": ((small, large.repeat(2, 1).t()[::2]), (one, one)),
+        "one of two learned": ((large.clone().requires_grad_(), small), (one, one)),
+        "the scale of one learned": ((large, small), (one, one.clone().requires_grad_())),
     }
     assert [name for name, pair in rejected.items() if fake_quantize_pair(*pair, limits) is not None] == []
 
