@@ -393,7 +393,7 @@ def _quantized(quantizer: Quantizer, x: Tensor, recipes: list[tuple[Tensor, Reci
 def _quantized_together(
     quantizer: Quantizer, x: Tensor, other: Quantizer, weight: Tensor, recipes: list[tuple[Tensor, Recipe]]
 ) -> tuple[Tensor, Tensor] | None:
-    """A large input and a small weight from one kernel, or None where each is to be quantized by itself."""
+    """An input and a weight from one kernel, or None where each is to be quantized by itself."""
     if torch.compiler.is_compiling() or not all(q.fused and q.active and not q.hooked for q in (quantizer, other)):
         return None
     both = fake_quantize_pair((x, weight), (quantizer.scale, other.scale), (quantizer.limits, other.limits))
