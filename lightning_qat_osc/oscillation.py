@@ -128,20 +128,27 @@ class OscillationState(nn.Module):
                 setattr(self, name, saved.to(device=tensor.device, dtype=tensor.dtype, copy=True))
 
 
+def _whole() -> torch.dtype:
+    """What whole numbers are computed in: compiled, CPUs have minima and conversions of integers for less."""
+    return torch.int32 if torch.compiler.is_compiling() else torch.float32
+
+
 def _move(old: Tensor, share: Tensor | float, new: Tensor) -> None:
-    """Move ``old`` a share of the way to ``new``, in place: by 0 or 1 of it exactly, between integers."""
-    if torch.compiler.is_compiling():
+    """Move ``old`` a share of the way to ``new``, in place: by 0 or 1 of it exactly, between whole numbers."""
+    if not torch.compiler.is_compiling():
+        old.lerp_(new, share)  # in one pass
+    elif old.is_floating_point():
         old.add_(share * (new - old))
     else:
-        old.lerp_(new, share)  # the same in one pass
+        old.bitwise_xor_((old ^ new) & -share)  # -1 is all bits and 0 none, and products of integers are slow
 
 
 def _hold(weight: Tensor, frozen: Tensor, at: Tensor) -> None:
     """Put the weights at ``at`` where ``frozen`` is 1."""
     if torch.compiler.is_compiling():
-        weight.copy_(torch.where(frozen > 0.0, at, weight))
+        weight.copy_(torch.where(frozen > 0, at, weight))
     else:
-        weight.lerp_(at, frozen)  # without a mask, which CPUs are slow with, and exact at 0 and 1
+        weight.lerp_(at, frozen.to(weight.dtype))  # without a mask, which CPUs are slow with, and exact at 0 and 1
 
 
 def _track(
@@ -153,14 +160,14 @@ def _track(
     frozen: Tensor,
     momentum: Tensor | float,
 ) -> None:
-    """Section 4.1 in place. ``z``: the integers after the step; ``frozen``: 0 and 1; both of one floating dtype."""
+    """Section 4.1 in place. ``z``: the integers after the step; ``frozen``: 0 and 1; both of one dtype."""
     before = weight_int.to(z.dtype)
     _move(z, frozen, before)
-    delta = z.sub(before).clamp_(-1.0, 1.0)  # its sign: a difference of integers
+    delta = z.sub(before).clamp_(-1, 1)  # its sign: a difference of integers
     last = direction.to(z.dtype)
-    oscillated = (delta * last).clamp_(max=0.0).neg_()  # opposite signs, neither of them 0
-    _move(frequency, momentum, oscillated)
-    _move(ema_int, momentum, z)
+    oscillated = (delta * last).clamp_(max=0).neg_()  # opposite signs, neither of them 0
+    _move(frequency, momentum, oscillated.to(frequency.dtype))
+    _move(ema_int, momentum, z.to(ema_int.dtype))
     _move(last, delta.abs(), delta)
     weight_int.copy_(z)
     direction.copy_(last)
@@ -170,8 +177,9 @@ def _freeze(
     z: Tensor, weight_int: Tensor, frequency: Tensor, ema_int: Tensor, frozen: Tensor, threshold: Tensor | float
 ) -> None:
     """Algorithm 1's freezing in place, of the same ``z`` and ``frozen``."""
-    newly_frozen = frequency.clone().gt_(threshold).sub_(frozen).clamp_(min=0.0)  # in place: numbers, and no mask
-    _move(z, newly_frozen, ema_int.round())
+    above = frequency.clone().gt_(threshold)  # in place: numbers, and no mask
+    newly_frozen = above.to(z.dtype).sub_(frozen).clamp_(min=0)
+    _move(z, newly_frozen, ema_int.round().to(z.dtype))
     frozen.add_(newly_frozen)
     weight_int.copy_(z)
 
@@ -204,13 +212,13 @@ def advance(
         quant_min: Smallest integer.
         quant_max: Largest integer.
     """
-    z = (weight / scale).round_().clamp_(quant_min, quant_max).to(frequency.dtype)
+    z = (weight / scale).round_().clamp_(quant_min, quant_max).to(_whole())
     held = frozen.to(z.dtype)
     _track(z, weight_int, direction, frequency, ema_int, held, momentum)
     if threshold is not None:
         _freeze(z, weight_int, frequency, ema_int, held, threshold)
         frozen.copy_(held)
-        _hold(weight, held.to(weight.dtype), (scale * z).to(weight.dtype))
+        _hold(weight, held, (scale * z.to(frequency.dtype)).to(weight.dtype))
 
 
 def pass_on_gradient(scale_grad: Tensor, weight_grad: Tensor, weight_int: Tensor, frozen: Tensor) -> None:
