@@ -1,7 +1,6 @@
-import shutil
-
 import pytest
 import torch
+from marks import needs_compiler
 from reference import fake_quantize_equation
 
 from lightning_qat_osc import functional
@@ -9,7 +8,6 @@ from lightning_qat_osc.functional import fake_quantize, fake_quantize_pair, inte
 
 # powers of two, for which torch's multiplication by the reciprocal rounds as the division does
 EXACT_SCALES = [2.0**-5, 0.125, 1.0]
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiled kernels need a C++ compiler")
 
 
 def grids():

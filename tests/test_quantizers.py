@@ -1,10 +1,10 @@
 import copy
 import io
 import pickle
-import shutil
 
 import pytest
 import torch
+from marks import needs_compiler
 from torch import nn
 from torch.nn import functional as F
 
@@ -221,7 +221,7 @@ def test_direct_construction():
     assert (x.quant_min, x.quant_max, x.zero_point) == (0, 3, 0)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiled kernels need a C++ compiler")
+@needs_compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])

@@ -1,11 +1,11 @@
 """Quantizing again in the backward pass: the same gradients, without the quantized tensors in memory."""
 
 import gc
-import shutil
 import weakref
 
 import pytest
 import torch
+from marks import needs_compiler
 from models import ConvModule, Data, trainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -155,10 +155,8 @@ def test_a_change_in_place_before_the_backward_pass_is_an_error():
         out.sum().backward()
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_compiler)])
 def test_a_run_is_the_same_to_the_bit(fused, monkeypatch):
-    if fused and shutil.which("g++") is None:
-        pytest.skip("compiled kernels need a C++ compiler")
     monkeypatch.setattr(functional, "SMALL", 1000)  # so that inputs of a model so small are large
     trained = []
     for on in (False, True):

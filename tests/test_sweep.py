@@ -1,9 +1,8 @@
 """What a step does to many weights at once, on every path, against slow loops and autograd."""
 
-import shutil
-
 import pytest
 import torch
+from marks import needs_compiler
 from reference import WeightLoop, fake_quantize_equation, masked_fake_quantize
 from torch import nn
 
@@ -13,7 +12,6 @@ from lightning_qat_osc.kernels import why_nothing_compiles
 from lightning_qat_osc.lookup import quantized_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiled kernels need a C++ compiler")
 FUSED = [False, pytest.param(True, marks=needs_compiler)]
 PATHS = ["together", "alone"]
 

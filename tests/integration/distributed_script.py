@@ -24,8 +24,11 @@ from lightning_qat_osc import (
     OscillationTracking,
     QuantConfig,
     QuantizationAwareTraining,
+    functional,
+    kernels,
     oscillation_states,
     quantize_model,
+    sweep,
 )
 from lightning_qat_osc.lookup import quantized_weights, scale_parameters
 from lightning_qat_osc.sharding import own_part, reshard, whole
@@ -133,6 +136,7 @@ def report(module, look=None) -> dict:
         "frequency": {n: whole(s.frequency).sum().item() for n, s in states.items()},
         "here": sum(own_part(s.weight_int).numel() for s in states.values()),
         "all": sum(s.weight_int.numel() for s in states.values()),
+        "kernels": kernels.compiled.cache_info().currsize,
     }
 
 
@@ -144,6 +148,7 @@ def main() -> None:
     parser.add_argument("--no-batch-norm", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--fused", action="store_true", help="with kernels for tensors as small as these")
     parser.add_argument("--granularity", default="per_tensor")
     parser.add_argument("--quantize-first", action="store_true")
     parser.add_argument("--optimizer", default="SGD")
@@ -160,6 +165,8 @@ def main() -> None:
     warnings.filterwarnings("default", message="Training runs in copies.*")
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if a.fused:
+        functional.SMALL = sweep.SMALL = 0
 
     strategies = {
         "one": "auto",
@@ -184,6 +191,7 @@ def main() -> None:
             weight_granularity=a.granularity,
             scale_learning_rate=a.scale_lr,
             recompute=a.recompute,
+            fused=a.fused,
             calibration_batches=8,
         ),
         OscillationTracking(momentum=0.1),

@@ -1,11 +1,10 @@
 """Compiled networks under all callbacks: whole graphs, no recompilation, and the states of the eager run."""
 
-import shutil
-
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from marks import needs_compiler
 from models import Data, loader, trainer
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -285,7 +284,7 @@ def test_a_compiled_module_whose_steps_log_fails_or_runs_as_in_plain_lightning(c
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@needs_compiler
 def test_inductor_ends_with_the_integers_of_the_eager_run():
     eager, _ = fit()
     compiled, _ = fit(module_kwargs={"compiler": "inductor"})

@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from marks import needs_compiler
 from models import ConvModule, Data, trainer
 
 from lightning_qat_osc import QuantizationAwareTraining, load_quantized, oscillation_states
@@ -90,11 +91,15 @@ def test_sharded_is_as_replicated(runs):
     assert figures[1] == pytest.approx(figures[0], rel=1e-3)
 
 
+@pytest.mark.parametrize("how", ["--compile", pytest.param("--fused", marks=needs_compiler)])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_compiled_is_as_eager(runs, strategy):
+def test_compiled_is_as_eager(runs, strategy, how):
     options = ("--strategy", strategy, "--granularity", "per_tensor")
     (eager, _), _ = runs(*options)
-    (compiled, _), _ = runs(*options, "--compile")
+    (compiled, _), _ = runs(*options, how)
+    # a pair of large tensors each way at least, and under DDP the two halves of the sweep
+    assert eager["kernels"] == 0
+    assert compiled["kernels"] >= (0 if how == "--compile" else 4 if strategy == "ddp" else 2)
     for key in ("scales", "bn"):
         for ours, theirs in zip(compiled[key], eager[key]):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
