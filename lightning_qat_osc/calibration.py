@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from lightning_qat_osc.config import QuantConfig
-from lightning_qat_osc.lookup import quantized_layers, weight_name
+from lightning_qat_osc.lookup import own_parameters, quantized_layers, weight_name
 from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, latent_weight
 from lightning_qat_osc.surgery import quantizable_layers
 
@@ -117,7 +117,7 @@ class Calibrator:
         self._config = config
         self._layers = quantizable_layers(module)
         # the first and last layer are the model's, not those of a frozen teacher or loss network beside it
-        trainable = {n for n, layer in self._layers.items() if any(p.requires_grad for p in _own_parameters(layer))}
+        trainable = {n for n, layer in self._layers.items() if any(p.requires_grad for p in own_parameters(layer))}
         self._trainable = trainable or set(self._layers)
         self._observed: dict[tuple[str, str], _Observed] = {}  # by layer and argument
         self._called: set[str] = set()
@@ -254,9 +254,3 @@ class Calibrator:
             self._called |= called
             for key, seen in theirs.items():
                 self._observed.setdefault(key, _Observed()).extend(seen)
-
-
-def _own_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
-    """A layer's parameters, those of its quantizers apart."""
-    scales = {id(q.scale) for q in layer.quantizers()} if isinstance(layer, QuantizedLayer) else set()
-    return (p for p in layer.parameters() if id(p) not in scales)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -137,10 +138,11 @@ class QuantConfig:
     weight_granularity: Granularity = "per_tensor"
     weight_range: RangeMethod = "mse"
     activation_range: RangeMethod = "mse"
-    rules: tuple[LayerRule, ...] = ()
+    rules: Sequence[LayerRule] = ()
 
     def __post_init__(self) -> None:
         """Validate."""
+        object.__setattr__(self, "rules", tuple(self.rules))  # a list and a tuple of the same rules ask for the same
         for name in ("weight_bits", "activation_bits", "first_last_bits"):
             check_bits(name, getattr(self, name))
         check_choice("weight_granularity", self.weight_granularity, Granularity)

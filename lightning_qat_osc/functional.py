@@ -144,7 +144,8 @@ class _FusedLearnedStepSizes(torch.autograd.Function):
         xs, scales = tensors[::2], tensors[1::2]
         operands = [_operands([x], scale, *grid) for x, scale, grid in zip(xs, scales, limits)]
         views = compiled(_forward_of_each, _sizes(xs))(*chain(*operands))
-        return tuple(view.as_strided(x.shape, x.stride()) for x, view in zip(xs, views))
+        # detached, since a view that a function returns cannot be changed in place
+        return tuple(view.as_strided(x.shape, x.stride()).detach() for x, view in zip(xs, views))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

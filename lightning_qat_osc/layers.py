@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LayerKind", "calling_forward", "input_names", "kind_names", "layer_kind"]
+__all__ = ["LayerKind", "calling_forward", "input_names", "kind_names", "layer_kind", "weight_names"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,13 @@ _KINDS = (
 def layer_kind(layer_class: type[nn.Module]) -> LayerKind | None:
     """The kind of a layer's class, or None if it is of none that can be quantized."""
     return next((kind for kind in _KINDS if issubclass(layer_class, kind.classes())), None)
+
+
+def weight_names(layer: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that are quantized of a layer of a kind that can be."""
+    kind = layer_kind(type(layer))
+    assert kind is not None
+    return kind.weights(layer)
 
 
 def kind_names() -> list[str]:

@@ -16,6 +16,7 @@ __all__ = [
     "is_quantized",
     "model_modules",
     "oscillation_states",
+    "own_parameters",
     "quantized_layers",
     "quantized_weights",
     "quantizers",
@@ -45,6 +46,12 @@ def model_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
     """The layers of a model that have quantizers, by name."""
     return {name: layer for name, layer in model_modules(module) if isinstance(layer, QuantizedLayer)}
+
+
+def own_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a layer and what is in it, but for scales."""
+    scales = {id(q.scale) for q in layer.modules() if isinstance(q, Quantizer)}
+    return (p for p in layer.parameters() if id(p) not in scales)
 
 
 def weight_name(layer: str, parameter: str) -> str:

@@ -7,6 +7,7 @@ from itertools import zip_longest
 
 from torch import nn
 
+from lightning_qat_osc.layers import weight_names
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight
 from lightning_qat_osc.sharding import whole
@@ -48,7 +49,7 @@ def quantization_plan(module: nn.Module) -> list[LayerPlan]:
     for name, layer in quantized_layers(module).items():
         weights = {key: q if q.active else None for key, q in layer.weight_quantizers().items()}
         inputs = {key: q for key, q in layer.input_quantizers().items() if q.active}
-        parameters = list(weights) or [next(key for key, _ in layer.named_parameters(recurse=False))]
+        parameters = list(weights) or [weight_names(layer)[0]]
         for i, (parameter, argument) in enumerate(zip_longest(parameters, inputs)):
             line = name if i == 0 else f"{name}.{parameter or argument}"
             lines.append(_line(line, layer, parameter, weights.get(parameter), inputs.get(argument)))

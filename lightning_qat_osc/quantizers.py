@@ -14,7 +14,7 @@ from typing_extensions import Self
 from lightning_qat_osc.arguments import with_quantized_arguments
 from lightning_qat_osc.config import Granularity, QuantConfig
 from lightning_qat_osc.functional import fake_quantize, fake_quantize_pair, integer_grid, quantize_to_int
-from lightning_qat_osc.layers import calling_forward
+from lightning_qat_osc.layers import calling_forward, weight_names
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.ranges import RangeMethod, activation_grid, estimate_scale
 from lightning_qat_osc.recomputation import Recipe, recomputed
@@ -46,16 +46,22 @@ class Quantizer(nn.Module):
 
     def __init__(self, bits: int | None, scale_shape: Sequence[int], *, pinned: bool = False) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(tuple(scale_shape), dtype=torch.float32))  # whatever the default dtype
+        self.scale = nn.Parameter(torch.empty(tuple(scale_shape), dtype=torch.float32))  # whatever the default dtype
         self.bits = bits
         self.pinned = pinned
-        self.quant_min, self.quant_max, self.zero_point = 0, 0, 0
-        self.calibrated = False
         self.scale_grad: Tensor | None = None
         self.fused = False
         self.recompute = False
-        # the five above once more, for the checkpoint. As a buffer of floats it survives averaged copies of the model.
-        self.register_buffer("grid", torch.zeros(5))
+        # bits and range once more, for the checkpoint. As a buffer of floats it survives averaged copies of the model.
+        self.register_buffer("grid", torch.empty(5))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Be without a range again, as where a module that was made on the meta device gets its memory."""
+        self.scale.fill_(1.0)
+        self.quant_min, self.quant_max, self.zero_point = 0, 0, 0
+        self.calibrated = False
         self._write_grid()
 
     @property
@@ -159,8 +165,12 @@ class WeightQuantizer(Quantizer):
         super().__init__(bits, shape, pinned=pinned)
         self.channel_dim = channel_dim
         self.method = method
-        self.oscillation: OscillationState | None = None
         self.to(weight.device)
+
+    def reset_parameters(self) -> None:
+        """Be without a range and a history again."""
+        super().reset_parameters()
+        self.oscillation: OscillationState | None = None
 
     @torch.no_grad()
     def calibrate(self, weight: Tensor) -> str | None:
@@ -206,7 +216,8 @@ class WeightQuantizer(Quantizer):
         """Load the history with the quantizer, or begin without one if the checkpoint was made before tracking."""
         saved = state_dict.get(f"{prefix}oscillation.weight_int")
         if saved is None:
-            self.oscillation = None
+            if f"{prefix}scale" in state_dict:
+                self.oscillation = None
         elif self.oscillation is None:
             self.oscillation = OscillationState(saved.to(self.scale.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -328,7 +339,7 @@ class QuantizedLayer(nn.Module):
         idle = [q.scale.sum() for q in self.quantizers() if not q.active]
         if idle:
             # DDP waits for a gradient of every parameter, also of a scale that is not in use: it gets 0
-            name = next(iter(substitutes), "weight")
+            name = next(iter(substitutes), weight_names(self)[0])
             substitutes[name] = substitutes.get(name, getattr(self, name)) + 0.0 * sum(idle)
         if not recipes:
             return self._forward_with(substitutes, args, kwargs)

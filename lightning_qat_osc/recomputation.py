@@ -53,6 +53,11 @@ class _Kept:
         return self.recipe.make().as_strided(self.size, self.stride, self.offset)
 
 
+def _what(tensor: Tensor) -> tuple[int, torch.dtype, int]:
+    """What tells a quantized tensor and its views from all others, also from itself after an in-place operation."""
+    return tensor.untyped_storage().data_ptr(), tensor.dtype, tensor._version
+
+
 def _versions(recipe: Recipe) -> tuple[int, ...]:
     return tuple(source._version for source in recipe.sources)
 
@@ -70,10 +75,10 @@ def recomputed(quantized: Sequence[tuple[Tensor, Recipe]]) -> Iterator[None]:
         yield
         return
     # the hooks outlive this, so they must not hold the tensors
-    recipes = {(tensor.untyped_storage().data_ptr(), tensor.dtype): recipe for tensor, recipe in quantized}
+    recipes = {_what(tensor): recipe for tensor, recipe in quantized}
 
     def pack(saved: Tensor) -> Tensor | _Kept:
-        recipe = recipes.get((saved.untyped_storage().data_ptr(), saved.dtype))
+        recipe = recipes.get(_what(saved))
         if recipe is None:
             return saved
         return _Kept(recipe, _versions(recipe), saved.size(), saved.stride(), saved.storage_offset())

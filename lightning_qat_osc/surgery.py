@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qat_osc.config import Bits, LayerRule, QuantConfig, config_differences
-from lightning_qat_osc.layers import LayerKind, calling_forward, input_names, kind_names, layer_kind
-from lightning_qat_osc.lookup import model_modules, quantized_layers
+from lightning_qat_osc.layers import LayerKind, calling_forward, input_names, kind_names, layer_kind, weight_names
+from lightning_qat_osc.lookup import model_modules, quantized_layers, weight_name, weights_with_quantizers
 from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight, quantized_class
 
-__all__ = ["bits_differences", "quantizable_layers", "quantize_model", "unquantized_layers"]
+__all__ = ["bits_differences", "hidden_weights", "quantizable_layers", "quantize_model", "unquantized_layers"]
 
 
 def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -38,7 +38,7 @@ def _describe(rule: LayerRule) -> str:
     return f"LayerRule({', '.join(parts)})"
 
 
-def _check_rules_match(rules: tuple[LayerRule, ...], layers: dict[str, nn.Module]) -> None:
+def _check_rules_match(rules: Sequence[LayerRule], layers: dict[str, nn.Module]) -> None:
     """A rule that matches no layer is a typing error: say so and list what was near.
 
     Raises:
@@ -55,7 +55,7 @@ def _check_rules_match(rules: tuple[LayerRule, ...], layers: dict[str, nn.Module
         raise ValueError(f"{_describe(rule)} matches no layer; near names are {', '.join(near)}")
 
 
-def _resolve(rules: tuple[LayerRule, ...], name: str, layer: nn.Module, field: str) -> Bits:
+def _resolve(rules: Sequence[LayerRule], name: str, layer: nn.Module, field: str) -> Bits:
     """What the rules say of one layer's bits: "default" where they say nothing.
 
     Raises:
@@ -156,7 +156,7 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
             raise ValueError(f"the module is quantized already, and otherwise: {differences}. Begin with a new one")
     new = {name: layers[name] for name in planned if not isinstance(layers[name], QuantizedLayer)}
     _check_shared_weights(new, planned)
-    shared: dict[Tensor, WeightQuantizer] = {}
+    shared: dict[Tensor, WeightQuantizer] = {w.weight: w.quantizer for w in weights_with_quantizers(module)}
     for name, layer in new.items():
         _insert(layer, config, planned[name], shared)
     if new:
@@ -178,7 +178,7 @@ def _check_supported(name: str, layer: nn.Module) -> None:
         ValueError: If it is one; the message says how to leave the layer out.
     """
     leave_out = f"Leave it out with LayerRule(pattern='{name}', weight_bits=None, activation_bits=None)"
-    for parameter in _kind(layer).weights(layer):
+    for parameter in weight_names(layer):
         weight = latent_weight(layer, parameter)
         if is_lazy(weight):
             raise ValueError(
@@ -189,10 +189,31 @@ def _check_supported(name: str, layer: nn.Module) -> None:
                 f"layer '{name}' has a {parameter} of {weight.dtype}; quantization takes 16 to 64-bit floating-point "
                 f"numbers. {leave_out}."
             )
+    if "forward" in layer.__dict__:
+        raise ValueError(
+            f"layer '{name}' has a forward of its own, set on it alone, which no class can replace: set it after the "
+            f"quantizers are there. {leave_out}."
+        )
+    if getattr(layer, "max_norm", None) is not None:
+        raise ValueError(
+            f"layer '{name}' has max_norm={layer.max_norm}, by which it would renormalize quantized weights off their "
+            f"grid. {leave_out}, or set max_norm=None."
+        )
     if getattr(layer, "sparse", False):
         raise ValueError(
             f"layer '{name}' has sparse gradients, quantization has none. {leave_out}, or set sparse=False."
         )
+
+
+def hidden_weights(module: nn.Module) -> list[str]:
+    """Names of the weights whose quantizers have no effect: a parametrization, registered later, computes them."""
+    return [
+        weight_name(name, parameter)
+        for name, layer in quantized_layers(module).items()
+        for parameter in layer.parameter_quantizers
+        for owner in [next((c for c in type(layer).__mro__ if parameter in vars(c)), None)]
+        if owner not in (None, quantized_class(layer.float_class))
+    ]
 
 
 def _check_shared_weights(new: dict[str, nn.Module], planned: dict[str, _LayerBits]) -> None:
@@ -203,7 +224,7 @@ def _check_shared_weights(new: dict[str, nn.Module], planned: dict[str, _LayerBi
     """
     first: dict[object, tuple[str, int | None]] = {}
     for name, layer in new.items():
-        for parameter in _kind(layer).weights(layer):
+        for parameter in weight_names(layer):
             bits = planned[name].weight
             if _computed(layer, parameter):
                 continue

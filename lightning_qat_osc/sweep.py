@@ -117,6 +117,7 @@ class WeightBatch:
     """
 
     def __init__(self, weights: Sequence[QuantizedWeight]) -> None:
+        self._members = weights
         self._quantizers = [w.quantizer for w in weights]
         self.weights: list[Tensor] = [w.weight for w in weights]
         self.scales: list[Tensor] = [q.scale for q in self._quantizers]
@@ -129,6 +130,11 @@ class WeightBatch:
         if len(weights) > 1:
             lengths = [w.numel() // s.numel() for w, s in zip(self.weights, self.scales) for _ in range(s.numel())]
             self._stretches = torch.tensor(lengths, device=self.weights[0].device)
+
+    def of(self, ready: Callable[[QuantizedWeight], bool]) -> list[WeightBatch]:
+        """The batch, or each alone of its weights that are ready if not all of them are."""
+        chosen = [w for w in self._members if ready(w)]
+        return [self] if len(chosen) == len(self._members) else [WeightBatch([w]) for w in chosen]
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the weights, which all have one."""

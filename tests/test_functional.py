@@ -229,3 +229,17 @@ def test_compiles_without_graph_break():
     assert torch.equal(y, fake_quantize(x, s, -4, 3))
     assert torch.equal(x.grad, gx)
     assert torch.allclose(s.grad, gs)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+def test_a_result_of_kernels_may_be_changed_in_place(monkeypatch):
+    monkeypatch.setattr(functional, "SMALL", 10)
+    x, scale = torch.randn(4, 16, requires_grad=True), torch.tensor([0.3], requires_grad=True)
+    gradients = []
+    for fused in (False, True):
+        x.grad = scale.grad = None
+        fake_quantize(x, scale, -4, 3, fused=fused).relu_().square().sum().backward()
+        gradients.append((x.grad, scale.grad))
+    assert torch.equal(gradients[1][0], gradients[0][0])
+    assert torch.allclose(gradients[1][1], gradients[0][1])

@@ -8,7 +8,7 @@ from marks import needs_compiler
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_qat_osc import QuantConfig, functional, quantize_model
+from lightning_qat_osc import QuantConfig, functional, quantization_plan, quantize_model
 from lightning_qat_osc.functional import fake_quantize
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantizers import InputQuantizer, Quantizer, WeightQuantizer, quantized_class
@@ -145,6 +145,52 @@ def test_unused_scales_get_a_zero_gradient():
     assert layer.input_quantizer.scale.grad.item() == 0.0
     assert layer.weight_quantizer.scale.grad.item() != 0.0
     assert layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*stay in full precision")
+@pytest.mark.parametrize(
+    ("make", "shapes"),
+    [
+        (lambda: nn.LSTM(4, 6), [(3, 2, 4)]),
+        (lambda: nn.GRUCell(4, 6), [(2, 4)]),
+        (lambda: nn.MultiheadAttention(8, 2), [(3, 2, 8)] * 3),
+        (lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=4), [(3, 2, 8), (3, 2, 4), (3, 2, 4)]),
+    ],
+)
+def test_inputs_alone_of_layers_without_a_weight_of_that_name(make, shapes):
+    layer = make()
+    config = QuantConfig(None, 8, first_last_bits=None)
+    quantize_model(nn.ModuleList([layer]), config)
+    xs = [torch.randn(shape) for shape in shapes]
+    out = layer(*xs)
+    (out[0] if isinstance(out, tuple) else out).sum().backward()
+    assert all(q.scale.grad.item() == 0.0 for q in layer.quantizers())
+    assert quantization_plan(nn.ModuleList([layer]))[0].weight_bits is None
+
+
+def test_a_state_dict_without_the_quantizer_leaves_its_history_alone():
+    layer = quantized(nn.Linear(3, 4))
+    layer.weight_quantizer.calibrate(layer.weight)
+    state = layer.weight_quantizer.start_tracking(layer.weight)
+    layer.load_state_dict({"bias": torch.zeros(4)}, strict=False)
+    assert layer.weight_quantizer.oscillation is state
+    before_tracking = {k: v for k, v in layer.state_dict().items() if "oscillation" not in k}
+    layer.load_state_dict(before_tracking, strict=False)
+    assert layer.weight_quantizer.oscillation is None
+
+
+def test_memory_for_a_module_from_the_meta_device():
+    with torch.device("meta"):
+        model = nn.Sequential(quantized(nn.Linear(3, 4)))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(float("nan"))  # as such memory may be
+    for module in model.modules():  # as Lightning and FSDP do it
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert model(torch.randn(2, 3)).isfinite().all()
+    assert model[0].weight_quantizer.grid.tolist() == [4, 0, 0, 0, 0]
 
 
 def test_zero_weight_can_leave_zero():

@@ -8,6 +8,7 @@ import torch
 from marks import needs_compiler
 from models import ConvModule, Data, trainer
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qat_osc import QuantConfig, QuantizationAwareTraining, functional, quantize_model
@@ -153,6 +154,24 @@ def test_a_change_in_place_before_the_backward_pass_is_an_error():
     x.add_(1.0)
     with pytest.raises(RuntimeError, match="in-place operation before the backward"):
         out.sum().backward()
+
+
+class Activates(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(F.relu(x, inplace=True))
+
+
+def test_a_layer_may_change_its_quantized_input_in_place():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    network = quantized(nn.Sequential(Activates(3, 4, 3)), x.clone())
+    found = []
+    for on in (False, True):
+        recompute(network, on)
+        network.zero_grad()
+        network(x.clone()).square().sum().backward()
+        found.append([p.grad for p in network.parameters()])
+    assert all(torch.equal(kept, made) for kept, made in zip(*found))
 
 
 @pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_compiler)])

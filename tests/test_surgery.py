@@ -75,12 +75,20 @@ def test_nothing_to_quantize():
         quantize_model(nn.ReLU(), QuantConfig())
 
 
+def with_a_forward_of_its_own():
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight)
+    return layer
+
+
 def test_unsupported_layers_are_named_with_the_way_to_leave_them_out():
     for make, words in (
         (lambda: nn.Linear(4, 4, dtype=torch.complex64), "weight of torch.complex64"),
         (lambda: nn.EmbeddingBag(4, 4, sparse=True), "sparse gradients"),
         (lambda: nn.LazyLinear(4), "is lazy"),
         (lambda: nn.Embedding(4, 4, sparse=True), "sparse gradients"),
+        (lambda: nn.Embedding(4, 4, max_norm=2.0), "max_norm=2.0, .* off their grid"),
+        (with_a_forward_of_its_own, "a forward of its own, set on it alone"),
     ):
         net = Net()
         net.odd = make()
@@ -103,6 +111,11 @@ def test_layers_that_share_a_weight_share_its_quantizer():
     net.embed.weight_quantizer.start_tracking(net.embed.weight)
     assert list(oscillation_states(net)) == ["embed"]
     assert len(scale_parameters(net)) == 4
+    late = nn.Linear(4, 10, bias=False)
+    late.weight = net.embed.weight
+    net.late = late  # made after the first insertion
+    quantize_model(net, QuantConfig(3, None, first_last_bits=None))
+    assert late.weight_quantizer is net.embed.weight_quantizer
     other = Net()
     other.output = nn.Linear(4, 10, bias=False)
     other.output.weight = other.embed.weight
@@ -112,6 +125,10 @@ def test_layers_that_share_a_weight_share_its_quantizer():
 
 
 def test_another_configuration_is_refused():
+    net = Net()
+    rules = [LayerRule("head", weight_bits=2)]
+    quantize_model(net, QuantConfig(3, 4, rules=rules))
+    quantize_model(net, QuantConfig(3, 4, rules=tuple(rules)))  # the same
     net = Net()
     quantize_model(net, QuantConfig(3, 4))
     with pytest.raises(ValueError, match="weight_bits: 3 before, 2 now; activation_bits: 4 before, 8 now"):

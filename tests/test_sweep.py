@@ -228,3 +228,16 @@ def test_what_fails_to_compile_is_told(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", fail)
     assert why_nothing_compiles(torch.device("cpu")) == "RuntimeError: no compiler"
+
+
+def test_weights_that_wait_keep_their_place():
+    weights = weights_of("per_tensor", torch.float32, False)
+    (batch,) = sweep.in_batches(weights)
+    sweep.advance_states([batch], 0.1)
+    place = [w.quantizer.oscillation.frequency.data_ptr() for w in weights]
+    assert batch.of(lambda w: True) == [batch]
+    others = batch.of(lambda w: w is not weights[1])
+    assert [part.weights for part in others] == [[w.weight] for w in weights if w is not weights[1]]
+    sweep.advance_states(others, 0.1)
+    sweep.advance_states([batch], 0.1)
+    assert [w.quantizer.oscillation.frequency.data_ptr() for w in weights] == place

@@ -71,15 +71,13 @@ class OptimizerWeights:
         weights = [
             w
             for w in self._weights
-            if w.weight.requires_grad
-            and id(w.weight) in owned
-            and is_quantized(w.quantizer, self._max_bits)
-            and ready(w)
+            if w.weight.requires_grad and id(w.weight) in owned and is_quantized(w.quantizer, self._max_bits)
         ]
         names = [w.name for w in weights]
         if self._batches.get(optimizer, ([], []))[0] != names:
             self._batches[optimizer] = names, in_batches(weights)
-        return self._batches[optimizer][1] if names else []
+        # those that wait keep their place, since states that are joined anew are copied
+        return [part for batch in self._batches[optimizer][1] for part in batch.of(ready)] if names else []
 
 
 def run_length(trainer: pl.Trainer, what: str) -> int:

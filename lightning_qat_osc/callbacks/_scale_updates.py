@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adam, Optimizer
 
-from lightning_qat_osc.lookup import quantized_layers
+from lightning_qat_osc.lookup import own_parameters, quantized_layers
 from lightning_qat_osc.quantizers import Quantizer
 from lightning_qat_osc.sharding import shard_whole, whole
 
@@ -60,14 +62,16 @@ class ScaleUpdates:
     """Moves the scales with an Adam of their own, whatever optimizer the user has.
 
     The scales are parameters of the user's optimizer, so ``zero_grad`` and the unscaling of gradients reach them; they
-    are added to its first group if it was built without them, which no learning-rate scheduler notices. Scales that a
+    are added to its first group if it was built without them, which no learning-rate scheduler notices, and taken out
+    of every other optimizer. Scales that a
     finetuning callback has frozen are left to it, which adds them with the weights. Before its step
     their gradients are taken out of its sight: it leaves alone what has no gradient, its weight decay included, and the
     norm by which the weights' gradients are clipped is theirs alone. After its step Adam's is made.
 
     Args:
         optimizers: The user's optimizers.
-        module: The quantized model. A layer's scales go with the optimizer of its weight, or else with the first.
+        module: The quantized model. A layer's scales go with the optimizer of its largest parameter that has one, or
+            else with the first.
         learning_rate: Adam's, for the logarithm of a scale. It follows the schedule of the optimizer's first group.
 
     Raises:
@@ -84,16 +88,23 @@ class ScaleUpdates:
         owned = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
         owner: dict[Quantizer, int] = {}
         for layer in quantized_layers(module).values():
-            parameters = {id(p) for p in layer.parameters(recurse=False)}
-            index = next((i for i, ids in enumerate(owned) if parameters & ids), 0)
+            parameters = sorted(own_parameters(layer), key=Tensor.numel, reverse=True)
+            index = next((i for p in parameters for i, ids in enumerate(owned) if id(p) in ids), 0)
             for q in layer.quantizers():
                 owner.setdefault(q, index)
+        names = {id(p): name for name, p in module.named_parameters()}
         self._updates: dict[Optimizer, _LogSteps] = {}
         for i, (optimizer, ids) in enumerate(zip(optimizers, owned)):
+            others = {id(q.scale) for q, index in owner.items() if index != i}
+            for group in optimizer.param_groups if ids & others else []:  # where a rule such as p.ndim < 2 sorts them
+                _keep(group, [id(p) not in others for p in group["params"]])
             own = [q for q, index in owner.items() if index == i]
             if own and optimizer.param_groups:  # Lightning's stand-in for no optimizer has none
                 new = [q.scale for q in own if id(q.scale) not in ids and q.scale.requires_grad]
-                optimizer.param_groups[0]["params"] += new
+                group = optimizer.param_groups[0]
+                group["params"] += new
+                if "param_names" in group:
+                    group["param_names"] += [names[id(scale)] for scale in new]
                 self._updates[optimizer] = _LogSteps(own, optimizer, learning_rate)
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -121,6 +132,12 @@ class ScaleUpdates:
             update.adam.load_state_dict(state)
             for step, values in update.adam.state.items():
                 values.update({k: shard_whole(v, step) for k, v in values.items() if v.shape == step.shape})
+
+
+def _keep(group: dict[str, Any], which: Sequence[bool]) -> None:
+    """Keep some parameters of an optimizer's group, and their names where it was built with names."""
+    for key in {"params", "param_names"} & group.keys():
+        group[key][:] = list(compress(group[key], which))
 
 
 def with_room_for_scales(state: dict[str, Any], optimizer: Optimizer, scales: set[int]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import Metric
 
 from lightning_qat_osc.batch_norm import batch_norm_layers
@@ -179,10 +179,12 @@ def _independent(loader: Any) -> Any:
     if not isinstance(loader, DataLoader) or not loader.persistent_workers:
         return copy.copy(loader)  # what it remembers of its iterator, it remembers in attributes
     # iterating a loader with persistent workers, or a copy of it, restarts the workers of the live iterator
+    batches: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
+    if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
+        batches = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
     return DataLoader(
         loader.dataset,
-        batch_sampler=loader.batch_sampler,
-        batch_size=1 if loader.batch_sampler is not None else loader.batch_size,
+        **batches,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,

@@ -123,7 +123,7 @@ class IterativeFreezing(TracksOscillation):
         dampening, self._dampening = self._dampening, None
         if dampening is not None:
             moving = self._weights.of(optimizer, lambda w: w.weight.grad is not None)
-            if moving is owing:
+            if moving == owing:
                 dampen_and_pass_on(owing, *dampening)
                 return
             add_dampening(moving, *dampening)

@@ -40,7 +40,13 @@ from lightning_qat_osc.lookup import quantized_layers, quantizers, scale_paramet
 from lightning_qat_osc.plan import format_plan, quantization_plan
 from lightning_qat_osc.ranges import RangeMethod
 from lightning_qat_osc.sharding import whole
-from lightning_qat_osc.surgery import bits_differences, quantizable_layers, quantize_model, unquantized_layers
+from lightning_qat_osc.surgery import (
+    bits_differences,
+    hidden_weights,
+    quantizable_layers,
+    quantize_model,
+    unquantized_layers,
+)
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -196,6 +202,12 @@ class QuantizationAwareTraining(pl.Callback):
             raise MisconfigurationException(
                 f"{which} no quantizers, because they were made after Callback.setup: call "
                 "lightning_qat_osc.quantize_model(self, QuantConfig(...)) at the end of configure_model."
+            )
+        hidden = hidden_weights(pl_module)
+        if hidden:
+            raise MisconfigurationException(
+                f"the quantizers of {', '.join(hidden[:5])} have no effect, because a parametrization that was "
+                "registered after Callback.setup computes the weight: register it in __init__ or configure_model."
             )
         self._choose_kernels(pl_module)
         self._scale_updates = ScaleUpdates(list(trainer.optimizers), pl_module, self.scale_learning_rate)

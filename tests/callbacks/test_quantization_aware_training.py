@@ -357,6 +357,15 @@ def test_a_second_one_is_refused():
         trainer([qat(), qat()])
 
 
+def test_a_weight_that_is_parametrized_after_the_quantizers_is_refused():
+    class Late(ConvModule):
+        def setup(self, stage):
+            nn.utils.parametrizations.weight_norm(self.depthwise)
+
+    with pytest.raises(MisconfigurationException, match="quantizers of depthwise have no effect.*in __init__"):
+        trainer([qat()]).fit(Late(), Data())
+
+
 def test_another_configuration_for_the_same_module_is_refused():
     module = ConvModule()
     trainer([qat()], max_steps=1).fit(module, Data())

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-from lightning_qat_osc.lookup import quantized_weights, quantizers, scale_parameters
+from lightning_qat_osc.lookup import quantized_layers, quantized_weights, quantizers, scale_parameters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*below twice the momentum.*"),
@@ -472,6 +472,59 @@ def test_the_users_optimizer_never_touches_a_scale(optimizer):
         assert id(scale) in owned
         # Adagrad makes its states, of zeros, as it is built
         assert not any(torch.as_tensor(value).any() for value in t.optimizers[0].state[scale].values())
+
+
+class TwoOptimizers(ConvModule):
+    """Manual optimization by two optimizers, between which parameters are split; with names, as torch also takes them.
+
+    ``shapes``: matrices here and vectors there, scales among them. ``computed``: a layer whose weight is computed from
+    other parameters has the second to itself.
+    """
+
+    def __init__(self, split, order):
+        super().__init__()
+        self.automatic_optimization = False
+        self.split, self.order = split, order
+        nn.utils.parametrizations.spectral_norm(self.point)
+
+    def configure_optimizers(self):
+        first, second = [], []
+        for name, p in self.named_parameters():
+            chosen = p.ndim < 2 if self.split == "shapes" else name.startswith("point.parametrizations")
+            (second if chosen else first).append((name, p))
+        return [torch.optim.SGD(part, lr=0.1, weight_decay=0.5) for part in (first, second)]
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        for i in self.order:
+            optimizers[i].step()
+
+
+@pytest.mark.filterwarnings("ignore:.*computes its weight from other parameters")
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("split", ["shapes", "computed"])
+def test_neither_of_two_optimizers_touches_a_scale(split, order):
+    class Watch(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.before = scales(pl_module)
+
+    watch, module = Watch(), TwoOptimizers(split, order)
+    callbacks = all_callbacks(scale_learning_rate=0.0, forward_fn=run_network)
+    t = trainer([*callbacks, watch], max_epochs=1)
+    t.fit(module, Data())
+    assert torch.equal(scales(module), watch.before)
+    groups = [optimizer.param_groups[0] for optimizer in t.optimizers]
+    names = {id(p): name for name, p in module.named_parameters()}
+    for group in groups:
+        assert group["param_names"] == [names[id(p)] for p in group["params"]]
+    for name, layer in quantized_layers(module).items():
+        for q in layer.quantizers():
+            of = [any(q.scale is p for p in group["params"]) for group in groups]
+            second = split == "computed" and name == "point"
+            assert of == [not second, second]
 
 
 @pytest.mark.parametrize("manual", [False, True])

@@ -282,6 +282,14 @@ def test_persistent_workers_change_nothing():
     assert_same(snapshot(fit(None, loader(), loader(16))[0]), snapshot(module))
 
 
+def test_persistent_workers_of_a_stream():
+    data = DataLoader(Stream(), batch_size=8, num_workers=1, persistent_workers=True)
+    module, _ = fit(None, data, loader(16), limit_train_batches=5)
+    assert_same(
+        snapshot(fit(None, DataLoader(Stream(), batch_size=8), loader(16), limit_train_batches=5)[0]), snapshot(module)
+    )
+
+
 class Several(ConvModule):
     """Sums the losses over whatever loaders there are."""
 
