@@ -199,11 +199,6 @@ def prepare_layers(module: nn.Module, names: Iterable[str]) -> None:
                     "whose forward reads past the output projection. Use torch.nn.MultiheadAttention itself"
                 )
             layer.__class__ = calling
-        if getattr(layer, "max_norm", None) is not None:
-            raise ValueError(
-                f"layer '{name}' cannot be exported: with max_norm it changes its weight in each forward, and leaves "
-                "the grid"
-            )
     for child in module.modules():
         if isinstance(child, nn.TransformerEncoder):
             child.use_nested_tensor = False

@@ -254,20 +254,9 @@ class OwnAttention(nn.MultiheadAttention):
     """A subclass without a forward of its own."""
 
 
-@pytest.mark.parametrize(
-    ("layer", "inputs", "words"),
-    [
-        (OwnAttention(16, 2), (x16, x16, x16), "'layer' cannot be exported: OwnAttention is a subclass"),
-        (
-            nn.Embedding(10, 6, max_norm=1.0),
-            (torch.randint(0, 10, (2, 5)),),
-            "'layer' cannot be exported: with max_norm",
-        ),
-    ],
-)
-def test_what_cannot_be_converted_is_named(layer, inputs, words):
-    model = calibrated(Only(layer), *inputs)
-    with pytest.raises(ValueError, match=words):
+def test_what_cannot_be_converted_is_named():
+    model = calibrated(Only(OwnAttention(16, 2)), x16, x16, x16)
+    with pytest.raises(ValueError, match="'layer' cannot be exported: OwnAttention is a subclass"):
         convert(model)
 
 
