@@ -92,6 +92,12 @@ def test_a_gradient_penalty_is_differentiated_as_the_printed_equation_is(fused):
     assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(ours, expected))
 
 
+def test_function_transforms_are_refused_by_torch():
+    scale = torch.tensor([0.3])
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: fake_quantize(x, scale, -4, 3).sum())(torch.randn(5))
+
+
 @needs_compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
