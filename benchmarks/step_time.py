@@ -70,7 +70,7 @@ def compiled_ratio(results: list[Result]) -> str:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of 6 steps for each contender")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of 6 steps for each contender")
     parser.add_argument("--networks", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     arguments = parser.parse_args()
     print(machine())
