@@ -66,16 +66,19 @@ class _Grid:
     is_weight: bool
 
 
-def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_checkpoint(
+    path: str | PathLike[str], *, weights_only: bool = True
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A checkpoint of a quantized module, and the state_dict in it, on the CPU.
 
     Args:
         path: A checkpoint of Lightning, or a saved state_dict.
+        weights_only: Read nothing but tensors and plain values.
 
     Raises:
         ValueError: If it has no quantizers.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
     state = checkpoint.get("state_dict", checkpoint)
     if not any(_GRID.match(key) for key in state):
         raise ValueError(f"{fspath(path)} must be a checkpoint of a quantized module, and it has no quantizers")

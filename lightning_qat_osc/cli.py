@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     inspect = commands.add_parser("inspect", help="the quantized layers of a checkpoint, without the module's class")
-    inspect.add_argument("checkpoint", type=Path, help="a checkpoint, from the end of training or the middle")
+    _add_checkpoint(inspect)
     inspect.set_defaults(run=_inspect)
 
     export = commands.add_parser("export", help="a checkpoint as ONNX, packed integers or a torch.export program")
@@ -83,8 +83,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_module(parser: argparse.ArgumentParser) -> None:
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, from the end of training or the middle")
+    parser.add_argument(
+        "--trusted", action="store_true",
+        help="read objects of any kind, among the hyperparameters for instance: unpickling them may run code",
+    )  # fmt: skip
+
+
+def _add_module(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
     parser.add_argument("--module", required=True, help="import path of the LightningModule's class")
     parser.add_argument(
         "--module-args", type=json.loads, default={}, metavar="JSON",
@@ -94,7 +102,7 @@ def _add_module(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    checkpoint, state = read_checkpoint(options.checkpoint)
+    checkpoint, state = read_checkpoint(options.checkpoint, weights_only=not options.trusted)
     if "global_step" in checkpoint:
         _say(f"epoch {checkpoint['epoch']}, optimizer step {checkpoint['global_step']}")
     _say(format_weights(inspect_state(state)))
@@ -119,6 +127,8 @@ def _compare(options: argparse.Namespace) -> None:
     layers = list(quantized_layers(network))
     in_float = layer_outputs(float_model(network), layers, args, kwargs)
     quantized = layer_outputs(network, layers, args, kwargs)
+    if not quantized[OUTPUT]:
+        raise ValueError("the network's output holds no tensor of floating-point numbers to compare")
     exported = _exported_outputs(options, network, layers, args, kwargs)
     rows = [("layer", "float to quantized, dB", "quantized to exported, dB", "largest difference", "")]
     parted = False
@@ -143,13 +153,14 @@ def _texts(found: Difference | None) -> tuple[str, str]:
 
 def _load(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     """The quantized module of a checkpoint in evaluation mode, and the part of it that is asked for."""
-    checkpoint, state = read_checkpoint(options.checkpoint)
+    checkpoint, state = read_checkpoint(options.checkpoint, weights_only=not options.trusted)
     says = any("scale_updates" in saved for saved in checkpoint.get("callbacks", {}).values())
     module = load_quantized(
         _class(options.module),
         options.checkpoint,
         None if says else config_of_state(state),
         map_location="cpu",
+        weights_only=not options.trusted,
         **options.module_args,
     ).eval()
     return module, module if options.network is None else module.get_submodule(options.network)
@@ -195,10 +206,20 @@ def _run_onnx(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
         import onnxruntime
     except ImportError as error:
         raise ImportError('comparing with ONNX needs onnxruntime: pip install "lightning-qat-osc[onnx]"') from error
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    tensors = [x.numpy() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    inputs = {given.name: x for given, x in zip(session.get_inputs(), tensors)}
-    outputs = [torch.from_numpy(x) for x in session.run(None, inputs)]
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # of its own, one class for each reason
+        raise RuntimeError(f"{path} cannot be read: {error}") from error
+    names = [given.name for given in session.get_inputs()]
+    inputs = {name: x for name, x in kwargs.items() if name in names and isinstance(x, Tensor)}
+    others = {name: x for name, x in kwargs.items() if name not in inputs}
+    by_position = [x for x in pytree.tree_leaves((args, others)) if isinstance(x, Tensor)]
+    without = [name for name in names if name not in inputs]
+    if len(without) != len(by_position):
+        given = len(inputs) + len(by_position)
+        raise ValueError(f"{path} takes {len(names)} tensors ({', '.join(names)}), got {given}")
+    inputs |= dict(zip(without, by_position))
+    outputs = [torch.from_numpy(x) for x in session.run(None, {name: x.numpy() for name, x in inputs.items()})]
     return [x for x in outputs if x.is_floating_point()]
 
 

@@ -48,8 +48,8 @@ def load_quantized(
         The module, with its oscillation histories. Training can go on from it.
 
     Raises:
-        ValueError: If the checkpoint is a folder of shards, has no quantizers, or does not say how it is quantized
-            and ``config`` is None.
+        ValueError: If the checkpoint is a folder of shards or a state_dict alone, has no quantizers, or does not say
+            how it is quantized and ``config`` is None.
         RuntimeError: If the checkpoint does not fit the module.
     """
     if Path(checkpoint_path).is_dir():
@@ -59,6 +59,11 @@ def load_quantized(
             "ModelParallelStrategy(save_distributed_checkpoint=False)"
         )
     checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=weights_only)
+    if "state_dict" not in checkpoint:
+        raise ValueError(
+            f"checkpoint_path must be a checkpoint of Lightning, and {checkpoint_path} has no 'state_dict': load a "
+            "saved state_dict into a module of quantize_model(module, config)"
+        )
     state = checkpoint["state_dict"]
     if not any(key.endswith("_quantizer.grid") for key in state):
         raise ValueError(

@@ -1,5 +1,6 @@
 """The command: inspect, export and compare, from checkpoints of every kind."""
 
+import math
 import re
 import subprocess
 import sys
@@ -16,13 +17,17 @@ from torch.nn import functional as F
 from lightning_qat_osc import (
     IterativeFreezing,
     OscillationTracking,
+    QuantConfig,
     QuantizationAwareTraining,
     load_quantized,
     oscillation_states,
+    quantize_model,
 )
+from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.checkpoints import config_of_state, inspect_checkpoint
 from lightning_qat_osc.cli import main
 from lightning_qat_osc.export import convert, load_packed, save_packed
+from lightning_qat_osc.export.comparison import OUTPUT, Difference, difference
 from lightning_qat_osc.export.convert import copied
 from lightning_qat_osc.lookup import quantized_layers
 
@@ -207,6 +212,54 @@ def test_compare_says_where_outputs_part(run, tmp_path, capsys):
     assert next(line for line in lines if line.startswith("point")).split()[3] == "0.5"
 
 
+def test_numbers_that_are_none_are_no_equal_outputs():
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    assert difference([good], [good.clone()]) == Difference(0.0, math.inf)
+    assert math.isnan(difference([good, good], [bad, good]).largest)
+
+
+class OfTwo(L.LightningModule):
+    """Two inputs, which are not to be mistaken for each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, plus, minus):
+        return self.layer(plus) - minus
+
+
+def test_a_trusted_checkpoint_may_hold_anything(run, tmp_path, capsys):
+    checkpoint = torch.load(run[0] / "middle.ckpt", weights_only=True)
+    torch.save({**checkpoint, "anything": Path("x")}, tmp_path / "any.ckpt")
+    export = ["export", str(tmp_path / "any.ckpt"), "--module", "models.ConvModule", "--to", "packed"]
+    for command in (["inspect", str(tmp_path / "any.ckpt")], export):
+        assert main(command) == 1
+        assert "weights_only" in capsys.readouterr().err
+        assert main([*command, "--trusted"]) == 0
+    assert (tmp_path / "any.safetensors").exists()
+
+
+def test_onnx_inputs_go_by_their_names(tmp_path, capsys):
+    module, one, other = OfTwo(), torch.randn(6, 4), torch.randn(6, 4)
+    config = QuantConfig(4, None, first_last_bits=None)
+    quantize_model(module, config)
+    Calibrator(module, config).finish()
+    torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": L.__version__}, tmp_path / "m.ckpt")
+    np.savez(tmp_path / "example.npz", plus=one.numpy(), minus=other.numpy())
+    np.savez(tmp_path / "data.npz", minus=other.numpy(), plus=one.numpy())
+    common = [str(tmp_path / "m.ckpt"), "--module", "test_command_line.OfTwo"]
+    assert main(["export", *common, "--to", "onnx", "--input", str(tmp_path / "example.npz")]) == 0
+    common += ["--exported", str(tmp_path / "m.onnx")]
+    capsys.readouterr()
+    assert main(["compare", *common, "--data", str(tmp_path / "data.npz")]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(OUTPUT)]
+    assert float(line.split()[3]) < 1e-5
+    (tmp_path / "m.onnx").write_bytes(b"no graph")
+    assert main(["compare", *common, "--data", str(tmp_path / "data.npz")]) == 1
+    assert "m.onnx cannot be read" in capsys.readouterr().err
+
+
 def test_a_part_of_a_module_with_arguments_and_shared_weights(tmp_path, capsys):
     module = Wrapping(8)
     callbacks = [QuantizationAwareTraining(4, 8, first_last_bits=None)]
@@ -237,6 +290,7 @@ def test_a_part_of_a_module_with_arguments_and_shared_weights(tmp_path, capsys):
         (["inspect", "unsafe.pt"], "weights_only"),
         (["export", "state.ckpt", "--module", "models.ConvModule", "--to", "onnx"], "--input must be given for 'onnx'"),
         (["export", "state.ckpt", "--module", "models.Data", "--to", "packed"], "--module must be .* got models.Data"),
+        (["export", "state.pt", "--module", "models.ConvModule", "--to", "packed"], "state.pt has no 'state_dict'"),
         (["export", "state.ckpt", "--module", "nowhere.Module", "--to", "packed"], "No module named 'nowhere'"),
         (
             ["export", "state.ckpt", "--module", "models.ConvModule", "--to", "packed", "--network", "x"],
@@ -249,6 +303,7 @@ def test_errors_are_one_line(arguments, words, run, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     (tmp_path / "state.ckpt").write_bytes((folder / "middle.ckpt").read_bytes())
     torch.save({"weight": torch.ones(2)}, tmp_path / "float.pt")
+    torch.save(torch.load(folder / "middle.ckpt", weights_only=True)["state_dict"], tmp_path / "state.pt")
     torch.save(ConvModule(), tmp_path / "unsafe.pt")
     assert main(arguments) == 1
     captured = capsys.readouterr()

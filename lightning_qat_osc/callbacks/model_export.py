@@ -92,13 +92,20 @@ class ModelExport(pl.Callback):
             raise MisconfigurationException(
                 "ModelExport(when='best') needs the Trainer's ModelCheckpoint: add one, or use when='fit_end'."
             )
+        if self._need_input and trainer.precision in ("16-true", "bf16-true", "64-true"):
+            raise MisconfigurationException(
+                f"ModelExport's formats 'onnx' and 'torch' are made from modules in 32 bits, got "
+                f"precision='{trainer.precision}': train with a mixed precision, or export 'packed' alone."
+            )
         for export_format in self.formats:
             require_packages(export_format)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the network, and what it may already have been exported as."""
         self._network(pl_module)
-        self._exported = self._best(trainer)
+        best = self._best(trainer)
+        if best is not None and all(file.exists() for file in self._beside(best[0])):
+            self._exported, self._files[best[0]] = best, self._beside(best[0])
         self._example_input = None
         if self.network is None:
             self._example_input = pl_module.example_input_array
@@ -131,7 +138,15 @@ class ModelExport(pl.Callback):
             self._export_best(trainer, pl_module)
         elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = Path(self.dirpath or trainer.default_root_dir)
-            self._export(copied(self._network(pl_module)), folder / "model")
+            self._export(copied(self._network(pl_module)), self._with_suffixes(folder / "model"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was exported beside which checkpoint, to be removed with it."""
+        return {"files": {path: [str(file) for file in files] for path, files in self._files.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self._files = {path: [Path(file) for file in files] for path, files in state_dict["files"].items()}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the network."""
@@ -185,12 +200,21 @@ class ModelExport(pl.Callback):
         try:
             module = copied(pl_module)
             # the file, not the model: that may have moved on, and an averaged one is not in it now
-            module.load_state_dict(torch.load(best[0], map_location="cpu", weights_only=True)["state_dict"])
-            self._files[best[0]] = self._export(self._network(module), Path(best[0]).with_suffix(""))
+            # written by this run, so whatever hyperparameters are in it, it is trusted
+            module.load_state_dict(torch.load(best[0], map_location="cpu", weights_only=False)["state_dict"])
+            self._files[best[0]] = self._beside(best[0])
+            self._export(self._network(module), self._files[best[0]])
         except Exception as error:  # an export is no reason to lose the training
             rank_zero_warn(f"{best[0]} was not exported: {type(error).__name__}: {error}")
 
-    def _export(self, network: nn.Module, path: Path) -> list[Path]:
+    def _beside(self, checkpoint: str) -> list[Path]:
+        return self._with_suffixes(Path(checkpoint).with_suffix(""))
+
+    def _with_suffixes(self, path: Path) -> list[Path]:
+        """The file of each format."""
+        return [path.with_name(path.name + SUFFIXES[export_format]) for export_format in self.formats]
+
+    def _export(self, network: nn.Module, files: list[Path]) -> None:
         """Export a copy of the network."""
         network.cpu()
         if self._example_input is None and self._need_input:
@@ -200,8 +224,6 @@ class ModelExport(pl.Callback):
                 "export it with: give ModelExport the name of the submodule that is, as network, or set the module's "
                 "example_input_array."
             )
-        files = [path.with_name(path.name + SUFFIXES[export_format]) for export_format in self.formats]
         for export_format, file in zip(self.formats, files):
             export_model(network, file, export_format, self._example_input)
             rank_zero_info(f"Exported {file}")
-        return files

@@ -93,8 +93,10 @@ def difference(one: list[Tensor], other: list[Tensor]) -> Difference:
     shapes = [[list(x.shape) for x in outputs] for outputs in (one, other)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"outputs must have the same shapes to be compared, got {shapes[0]} and {shapes[1]}")
-    noise, largest = SQNR(), 0.0
+    noise, distances = SQNR(), [0.0]
     for a, b in zip(one, other):
         noise.update(a, b)
-        largest = max(largest, (a - b).abs().max().item() if a.numel() else 0.0)
+        if a.numel():
+            distances.append((a - b).abs().max().item())
+    largest = torch.tensor(distances, dtype=torch.float64).max().item()  # NaN if one is, unlike Python's
     return Difference(largest, torch.inf if largest == 0.0 else noise.compute().item())

@@ -90,6 +90,8 @@ def fold_batch_norm(
             axis = 1 if isinstance(layer, _ConvTransposeNd) else 0
             if keys[0] in weights:
                 weights.update(dict.fromkeys(keys, scaled_channels(weights[keys[0]], factor, axis)))
+            elif layer._parameters.get("weight") is None:
+                raise CannotFoldError(f"the weight of '{layer_name}' is computed from other parameters")
             else:
                 layer.weight.copy_(layer.weight.double() * factor.view(_channels_at(axis, layer.weight.dim())))
         except CannotFoldError as reason:

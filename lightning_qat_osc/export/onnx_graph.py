@@ -148,12 +148,16 @@ def _integer(graph: ir.Graph, value: int, dtype: ir.DataType) -> ir.Value:
 
 
 def _insert(before: ir.Node, kind: str, inputs: list[Any], like: ir.Value, /, **attributes: Any) -> ir.Value:
-    """A new node's output, with the type and shape of a value and a name made from its."""
-    node = ir.node(kind, inputs, attributes)
-    assert before.graph is not None
-    before.graph.insert_before(before, node)
+    """A new node's output, with the type and shape of a value and a name made from its, which no other has."""
+    graph, node = before.graph, ir.node(kind, inputs, attributes)
+    assert graph is not None
+    taken = {value.name for other in graph for value in other.outputs} | set(graph.initializers)
+    name = f"{like.name}_{kind.lower()}"
+    while name in taken:  # made from the weight of a layer that is called again
+        name += "_again"
+    graph.insert_before(before, node)
     (output,) = node.outputs
-    output.name, output.type, output.shape = f"{like.name}_{kind.lower()}", like.type, like.shape
+    output.name, output.type, output.shape = name, like.type, like.shape
     return output
 
 

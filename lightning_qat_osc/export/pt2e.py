@@ -182,8 +182,11 @@ def _folded(
         axis = _folding_axis(layer, weights)
         if training or axis is None:
             continue
+        bias = layer.args[2] if len(layer.args) > 2 else None
+        if any(n is not None and n.op != "get_attr" for n in (bias, *statistics)):  # computed
+            continue
         gamma, beta, mean, variance = (None if n is None else constants[n.target].double() for n in statistics)
-        weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
+        weight = layer.args[1]
         assert mean is not None
         assert variance is not None
         factor = (variance + epsilon).rsqrt() * (1.0 if gamma is None else gamma)
@@ -221,6 +224,7 @@ def _store_integers(graph: fx.Graph, constants: dict[str, Tensor], weights: Mapp
         if weight is None:
             continue
         constants[node.target] = weight.values
+        scale, zero_point = (_unused(f"{node.target}_{part}", constants) for part in ("scale", "zero_point"))
         for user in list(node.users):
             limits = weight.quant_min, weight.quant_max, torch.int8
             axis = _output_channels(user) if weight.channel_axis is None else weight.channel_axis
@@ -230,12 +234,19 @@ def _store_integers(graph: fx.Graph, constants: dict[str, Tensor], weights: Mapp
                     dequantized = graph.call_function(_quantized.dequantize_per_tensor.default, arguments)
                 else:
                     channels = weight.values.shape[axis]
-                    constants[f"{node.target}_scale"] = weight.scale.flatten().expand(channels).clone()
-                    constants[f"{node.target}_zero_point"] = torch.zeros(channels, dtype=torch.int64)
-                    grid = (graph.create_node("get_attr", f"{node.target}_{part}") for part in ("scale", "zero_point"))
+                    constants[scale] = weight.scale.flatten().expand(channels).clone()
+                    constants[zero_point] = torch.zeros(channels, dtype=torch.int64)
+                    grid = (graph.create_node("get_attr", name) for name in (scale, zero_point))
                     arguments = node, *grid, axis, *limits
                     dequantized = graph.call_function(_quantized.dequantize_per_channel.default, arguments)
             user.replace_input_with(node, dequantized)
+
+
+def _unused(name: str, constants: Mapping[str, Tensor]) -> str:
+    """A name that no tensor of the model has."""
+    while name in constants:
+        name += "_of_grid"
+    return name
 
 
 def _output_channels(layer: Any) -> int | None:

@@ -151,6 +151,51 @@ def test_the_last_epoch_may_be_the_best_and_all_may_be_kept(tmp_path):
     assert times.items() < after.items()  # what was there, stays
 
 
+class Worsening(ConvModule):
+    """Its first epoch is the best."""
+
+    def __init__(self, folder=None):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", float(self.current_epoch))
+
+
+def test_hyperparameters_may_be_of_any_kind(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="val_loss")
+    fit(Worsening(Path("data")), ModelExport(when="best"), tmp_path, checkpoint, enable_checkpointing=True)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["epoch=0.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+def test_a_best_checkpoint_that_was_not_exported_yet_is_after_a_resume(tmp_path):
+    for exports, resume in ([], {}), ([ModelExport(when="best")], {"ckpt_path": tmp_path / "last.ckpt"}):
+        checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="val_loss", save_last=True)
+        callbacks = [QuantizationAwareTraining(3, 4), *exports, checkpoint]
+        options = {"num_sanity_val_steps": 0, "max_epochs": 2 if resume else 1}
+        t = trainer(callbacks, default_root_dir=tmp_path, enable_checkpointing=True, **options)
+        t.fit(Worsening(), Data(), **resume)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["epoch=0.safetensors"]
+
+
+def test_exports_from_before_a_resume_go_with_their_checkpoints(tmp_path):
+    class Better(ConvModule):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", -float(self.current_epoch))
+
+    def run(epochs, **resume):
+        checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="val_loss", save_last=True)
+        callbacks = [QuantizationAwareTraining(3, 4), ModelExport(when="best"), checkpoint]
+        t = trainer(callbacks, default_root_dir=tmp_path, enable_checkpointing=True, max_epochs=epochs)
+        t.fit(Better(), Data(), **resume)
+
+    run(2)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["epoch=1.safetensors"]
+    run(3, ckpt_path=tmp_path / "last.ckpt")
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["epoch=2.safetensors"]
+
+
 def test_an_export_that_fails_does_not_end_training(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="val_loss")
     export = ModelExport(["torch"], when="best")
@@ -198,6 +243,8 @@ def test_refused_before_the_first_step(tmp_path, monkeypatch):
         trainer([ModelExport()]).fit(ConvModule(), Data())
     with pytest.raises(MisconfigurationException, match="needs the Trainer's ModelCheckpoint"):
         fit(ConvModule(), ModelExport(when="best"), tmp_path)
+    with pytest.raises(MisconfigurationException, match="modules in 32 bits, got precision='bf16-true'"):
+        fit(ConvModule(), ModelExport(["packed", "torch"]), tmp_path, precision="bf16-true")
     monkeypatch.setattr("lightning_qat_osc.export.formats.find_spec", lambda package: None)
     with pytest.raises(ImportError, match=r"'packed' needs safetensors: pip install \"lightning-qat-osc\[packed\]\""):
         fit(ConvModule(), ModelExport(), tmp_path)

@@ -242,6 +242,16 @@ def test_what_cannot_be_folded_is_named_and_computes_as_before(make, reason):
     assert folded.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_a_full_precision_weight_that_is_computed_is_not_folded():
+    x = torch.randn(4, 3, 5, 5)
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    rules = (LayerRule("0", weight_bits=None),)
+    model = calibrated(nn.Sequential(conv, nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)), x, activation_bits=None, rules=rules)
+    with pytest.warns(UserWarning, match="the weight of '0' is computed from other parameters"):
+        folded = convert(model, fold_batch_norm=True)
+    assert torch.equal(folded(x), convert(model)(x))
+
+
 def test_shared_weights_and_statistics_that_are_not_finite():
     x = torch.randn(4, 3, 5, 5)
     tied = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))

@@ -462,6 +462,25 @@ def test_many_layers(tmp_path_factory, layer_and_shape, weight_bits, activation_
     check_any_layer(tmp_path_factory, layer_and_shape, weight_bits, activation_bits, granularity, activation, seed)
 
 
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.again(self.again(self.first(x)).relu()))
+
+
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(4, None), (8, None), (4, 8), (4, 4)])
+def test_a_linear_layer_that_is_called_twice(tmp_path, weight_bits, activation_bits):
+    torch.manual_seed(0)
+    x = torch.randn(16, 5)
+    model = calibrated(Twice(), x, weight_bits=weight_bits, activation_bits=activation_bits)
+    export_onnx(model, tmp_path / "model.onnx", x)
+    for optimized in (True, False):
+        assert_close(run(tmp_path / "model.onnx", x, optimized=optimized)[0], model(x), 1e-5)
+
+
 def test_a_model_without_ranges_is_refused(tmp_path):
     model = nn.Sequential(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="has none"):

@@ -60,6 +60,45 @@ def test_int8_inputs_are_the_same_numbers():
         export_program(model, images(2), input_dtype=torch.int32)
 
 
+class Gain(nn.Linear):
+    def __init__(self, width):
+        super().__init__(width, width)
+        self.weight_scale = nn.Parameter(torch.full((width,), 3.0))
+
+    def forward(self, x):
+        return super().forward(x) * self.weight_scale
+
+
+def test_a_tensor_of_the_models_own_keeps_its_name_and_values():
+    torch.manual_seed(0)
+    x = torch.randn(32, 4)
+    model = calibrated(nn.Sequential(nn.Linear(4, 6), Gain(6), nn.Linear(6, 2)), x, activation_bits=None)
+    program = export_program(model, x)
+    assert torch.equal(program.state_dict["1.weight_scale"], model[1].weight_scale)
+    assert_close(outputs(program.module(), x), outputs(model, x), 1e-6)
+
+
+class HalfBias(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight, self.bias * 0.5)
+
+
+class PositiveGamma(nn.BatchNorm2d):
+    def forward(self, x):
+        gamma = self.weight.abs() + self.eps
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, gamma, self.bias, False, 0.1, self.eps)
+
+
+@pytest.mark.parametrize(
+    ("conv", "norm"), [(HalfBias(3, 4, 3), nn.BatchNorm2d(4)), (nn.Conv2d(3, 4, 3), PositiveGamma(4))]
+)
+def test_a_batch_norm_beside_computed_parameters_stays(conv, norm):
+    model = calibrated(nn.Sequential(conv, norm), images(), activation_bits=None)
+    program = export_program(model, images(2))
+    assert_close(outputs(program.module(), images(8)), outputs(model, images(8)), 1e-5)
+    assert sum(node.target == torch.ops.aten.batch_norm.default for node in program.graph.nodes) == 1
+
+
 def test_a_program_is_saved_and_runs_without_the_models_class(tmp_path):
     model = calibrated(network(), images())
     torch.export.save(export_program(model, images(2)), tmp_path / "model.pt2")
