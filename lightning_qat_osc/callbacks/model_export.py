@@ -140,6 +140,13 @@ class ModelExport(pl.Callback):
             folder = Path(self.dirpath or trainer.default_root_dir)
             self._export(copied(self._network(pl_module)), self._with_suffixes(folder / "model"))
 
+    @property
+    def state_key(self) -> str:
+        """Of each of several in one Trainer, its own."""
+        return self._generate_state_key(
+            formats=self.formats, when=self.when, dirpath=str(self.dirpath), network=self.network
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """What was exported beside which checkpoint, to be removed with it."""
         return {"files": {path: [str(file) for file in files] for path, files in self._files.items()}}
