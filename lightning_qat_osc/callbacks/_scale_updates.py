@@ -63,10 +63,10 @@ class ScaleUpdates:
 
     The scales are parameters of the user's optimizer, so ``zero_grad`` and the unscaling of gradients reach them; they
     are added to its first group if it was built without them, which no learning-rate scheduler notices, and taken out
-    of every other optimizer. Scales that a
-    finetuning callback has frozen are left to it, which adds them with the weights. Before its step
-    their gradients are taken out of its sight: it leaves alone what has no gradient, its weight decay included, and the
-    norm by which the weights' gradients are clipped is theirs alone. After its step Adam's is made.
+    of every other optimizer. Scales that a finetuning callback has frozen are left to it, which adds them with the
+    weights. Before its step their gradients are taken out of its sight: it leaves alone what has no gradient, its
+    weight decay included, and the norm by which the weights' gradients are clipped is theirs alone. After its step
+    Adam's is made.
 
     Args:
         optimizers: The user's optimizers.
