@@ -1,4 +1,7 @@
-"""The figures of oscillation as torchmetrics Metrics, distributed reduction included."""
+"""The figures of oscillation as torchmetrics Metrics, distributed reduction included.
+
+They add up in double precision; for a device without it, ``metric.set_dtype(torch.float32)`` before ``metric.to(...)``.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class OscillationFrequency(_MeanOverWeights):
     """Mean oscillation frequency f, in oscillations per optimizer step (arXiv 2203.11086, Sec. 4.1)."""
 
     def _sum(self, state: OscillationState) -> Tensor:
-        return own_part(state.frequency).sum(dtype=torch.float64)
+        return own_part(state.frequency).sum(dtype=self.sums.dtype)
 
 
 class OscillatingShare(_MeanOverWeights):
@@ -94,8 +97,8 @@ class SQNR(Metric):
 
     def update(self, x: Tensor, x_q: Tensor) -> None:
         """Add values and their quantized form, of one shape."""
-        self.signal += x.square().sum(dtype=torch.float64)
-        self.noise += (x - x_q).square().sum(dtype=torch.float64)
+        self.signal += x.square().sum(dtype=self.signal.dtype)
+        self.noise += (x - x_q).square().sum(dtype=self.noise.dtype)
 
     def compute(self) -> Tensor:
         """Decibels; infinite where nothing was lost."""

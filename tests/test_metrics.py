@@ -35,6 +35,17 @@ def test_threshold(states):
     assert share.compute()["a"].item() == 0.25
 
 
+def test_single_precision_for_devices_that_have_no_other(states):
+    frequency, noise = OscillationFrequency(list(states)), SQNR()
+    for metric in (frequency, noise):
+        metric.set_dtype(torch.float32)
+    frequency.update(states)
+    noise.update(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.5]))
+    assert {frequency.sums.dtype, frequency.counts.dtype, noise.signal.dtype, noise.noise.dtype} == {torch.float32}
+    assert frequency.compute()[""].item() == pytest.approx(0.81 / 10)
+    assert noise.compute().item() == pytest.approx(20.0)
+
+
 def test_reset(states):
     frequency = OscillationFrequency(list(states))
     frequency.update(states)

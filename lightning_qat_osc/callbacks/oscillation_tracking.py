@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
@@ -142,6 +143,8 @@ class OscillationTracking(TracksOscillation):
             "frozen": FrozenShare(names),
         }
         for figure, metric in figures.items():
+            if pl_module.device.type == "mps":  # which has no double precision
+                metric.set_dtype(torch.float32)
             metric.to(pl_module.device)
             metric.update(states)
             for layer, value in metric.compute().items():
