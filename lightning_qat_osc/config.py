@@ -142,6 +142,8 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         """Validate."""
+        if not isinstance(self.rules, Sequence):
+            raise TypeError(f"rules must be a list of LayerRule objects, got {self.rules!r}")
         object.__setattr__(self, "rules", tuple(self.rules))  # a list and a tuple of the same rules ask for the same
         for name in ("weight_bits", "activation_bits", "first_last_bits"):
             check_bits(name, getattr(self, name))
@@ -159,7 +161,7 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
         """The configuration that :meth:`to_dict` wrote."""
-        return cls(**{**values, "rules": tuple(LayerRule(**rule) for rule in values["rules"])})
+        return cls(**{**values, "rules": [LayerRule(**rule) for rule in values["rules"]]})
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it comes back from a file: dictionaries, lists and numbers."""

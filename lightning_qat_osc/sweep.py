@@ -111,13 +111,14 @@ class WeightBatch:
         weights: Weights. If there are several, each scale belongs to a stretch of its weight's elements.
 
     Attributes:
+        members: What it was made of.
         weights: The latent weights.
         scales: Their scales.
         grid: The smallest and the largest integer, as the kernel takes them.
     """
 
     def __init__(self, weights: Sequence[QuantizedWeight]) -> None:
-        self._members = weights
+        self.members = weights
         self._quantizers = [w.quantizer for w in weights]
         self.weights: list[Tensor] = [w.weight for w in weights]
         self.scales: list[Tensor] = [q.scale for q in self._quantizers]
@@ -131,10 +132,10 @@ class WeightBatch:
             lengths = [w.numel() // s.numel() for w, s in zip(self.weights, self.scales) for _ in range(s.numel())]
             self._stretches = torch.tensor(lengths, device=self.weights[0].device)
 
-    def of(self, ready: Callable[[QuantizedWeight], bool]) -> list[WeightBatch]:
-        """The batch, or each alone of its weights that are ready if not all of them are."""
-        chosen = [w for w in self._members if ready(w)]
-        return [self] if len(chosen) == len(self._members) else [WeightBatch([w]) for w in chosen]
+    def split(self, ready: Callable[[QuantizedWeight], bool]) -> list[WeightBatch]:
+        """The batch; or, where some of its weights are ready and others are not, a batch of these and one of those."""
+        parts = [w for w in self.members if ready(w)], [w for w in self.members if not ready(w)]
+        return [WeightBatch(part) for part in parts] if all(parts) else [self]
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the weights, which all have one."""

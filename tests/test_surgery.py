@@ -165,6 +165,12 @@ def test_networks_inside_metrics_are_left_alone():
         ({"activation_range": "max"}, ValueError, "activation_range must be one of"),
         ({"weight_granularity": "per_row"}, ValueError, "weight_granularity must be one of"),
         ({"weight_bits": None, "activation_bits": None}, ValueError, "nothing to quantize"),
+        (
+            {"rules": LayerRule("a", weight_bits=2)},
+            TypeError,
+            r"rules must be a list of LayerRule objects, got LayerRule",
+        ),
+        ({"rules": ["a"]}, TypeError, "rules must be LayerRule objects, got 'a'"),
     ],
 )
 def test_config_errors(arguments, error, words):

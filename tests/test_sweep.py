@@ -230,14 +230,15 @@ def test_what_fails_to_compile_is_told(monkeypatch):
     assert why_nothing_compiles(torch.device("cpu")) == "RuntimeError: no compiler"
 
 
-def test_weights_that_wait_keep_their_place():
+def test_weights_that_wait_are_put_apart_once():
     weights = weights_of("per_tensor", torch.float32, False)
     (batch,) = sweep.in_batches(weights)
     sweep.advance_states([batch], 0.1)
+    assert batch.split(lambda w: True) == batch.split(lambda w: False) == [batch]
+    parts = batch.split(lambda w: w is not weights[1])
+    assert [part.members for part in parts] == [[weights[0], *weights[2:]], [weights[1]]]
+    sweep.advance_states(parts, 0.1)
     place = [w.quantizer.oscillation.frequency.data_ptr() for w in weights]
-    assert batch.of(lambda w: True) == [batch]
-    others = batch.of(lambda w: w is not weights[1])
-    assert [part.weights for part in others] == [[w.weight] for w in weights if w is not weights[1]]
-    sweep.advance_states(others, 0.1)
-    sweep.advance_states([batch], 0.1)
+    sweep.advance_states(parts[:1], 0.1)
+    sweep.advance_states(parts, 0.1)
     assert [w.quantizer.oscillation.frequency.data_ptr() for w in weights] == place

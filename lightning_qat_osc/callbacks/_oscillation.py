@@ -74,10 +74,12 @@ class OptimizerWeights:
             if w.weight.requires_grad and id(w.weight) in owned and is_quantized(w.quantizer, self._max_bits)
         ]
         names = [w.name for w in weights]
-        if self._batches.get(optimizer, ([], []))[0] != names:
+        if optimizer not in self._batches or self._batches[optimizer][0] != names:
             self._batches[optimizer] = names, in_batches(weights)
-        # those that wait keep their place, since states that are joined anew are copied
-        return [part for batch in self._batches[optimizer][1] for part in batch.of(ready)] if names else []
+        batches = self._batches[optimizer][1]
+        # for good: at the next step the same will wait, and states that are joined anew are copied
+        batches[:] = [part for batch in batches for part in batch.split(ready)]
+        return [batch for batch in batches if ready(batch.members[0])]
 
 
 def run_length(trainer: pl.Trainer, what: str) -> int:

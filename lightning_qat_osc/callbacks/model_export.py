@@ -104,8 +104,10 @@ class ModelExport(pl.Callback):
         """Find the network, and what it may already have been exported as."""
         self._network(pl_module)
         best = self._best(trainer)
-        if best is not None and all(file.exists() for file in self._beside(best[0])):
-            self._exported, self._files[best[0]] = best, self._beside(best[0])
+        if best is not None:
+            files = self._beside(best[0])
+            if all(file.is_file() and file.stat().st_mtime_ns >= best[1] for file in files):
+                self._exported, self._files[best[0]] = best, files
         self._example_input = None
         if self.network is None:
             self._example_input = pl_module.example_input_array
@@ -149,7 +151,8 @@ class ModelExport(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was exported beside which checkpoint, to be removed with it."""
-        return {"files": {path: [str(file) for file in files] for path, files in self._files.items()}}
+        files = {path: [str(file) for file in files] for path, files in self._files.items()}
+        return {"files": files} if files else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""

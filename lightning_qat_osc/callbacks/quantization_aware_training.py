@@ -129,7 +129,7 @@ class QuantizationAwareTraining(pl.Callback):
             weight_granularity=weight_granularity,
             weight_range=weight_range,
             activation_range=activation_range,
-            rules=tuple(rules),
+            rules=rules,
         )
         check_count("calibration_batches", calibration_batches)
         check_number("scale_learning_rate", scale_learning_rate, low=0.0)
