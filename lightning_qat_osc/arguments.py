@@ -1,14 +1,23 @@
-"""Arguments of a layer's forward with their quantized form in place."""
+"""Arguments of a forward: from one object, and with their quantized form in place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["with_quantized_arguments"]
+__all__ = ["call_arguments", "with_quantized_arguments"]
+
+
+def call_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call, from a tuple, a dictionary or a single argument."""
+    if isinstance(example_input, tuple):
+        return example_input, {}
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    return (example_input,), {}
 
 
 def with_quantized_arguments(

@@ -45,7 +45,7 @@ def batch_norm_divergence(mean: Tensor, var: Tensor, running_mean: Tensor, runni
         running_var: Variance that the layer normalises with, q, [C].
 
     Returns:
-        Divergences in nats, [C], finite also where a variance is 0.
+        Divergences in nats, [C]; 0 where two variances of 0 have one mean, infinite where only the running one is 0.
     """
     tiny = torch.finfo(var.dtype).tiny
     ratio = var.clamp_min(tiny) / running_var.clamp_min(tiny)
@@ -146,7 +146,8 @@ def reestimate_batch_norm(
         layers: The layers to re-estimate, by name; all that keep running statistics if None.
 
     Returns:
-        Layer name -> :func:`batch_norm_divergence` of the new statistics from the old ones, [C].
+        Layer name -> :func:`batch_norm_divergence` of the new statistics from the old ones, [C], each with the layer's
+        ``eps`` in its variance, as the layer normalises by it.
 
     Raises:
         ValueError: If there are no batches.
@@ -177,7 +178,7 @@ def reestimate_batch_norm(
         unseen = moment.count == 0
         old_mean, old_var = layer.running_mean.to(mean.dtype), layer.running_var.to(var.dtype)
         mean, var = torch.where(unseen, old_mean, mean), torch.where(unseen, old_var, var)
-        divergence[name] = batch_norm_divergence(mean, var, old_mean, old_var).float()
+        divergence[name] = batch_norm_divergence(mean, var + layer.eps, old_mean, old_var + layer.eps).float()
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(var)
     return divergence

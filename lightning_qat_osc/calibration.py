@@ -55,11 +55,19 @@ class _Observed:
         return _Observed(*([t.to(device) for t in ts] for ts in (self.samples, self.lows, self.highs, self.finite)))
 
 
-# what keeps a quantized weight on its grid: the layers' own functions, and other views of the same values
-_KEEPS_THE_GRID = re.compile(
-    "conv|linear|bilinear|embedding|lstm|gru|rnn|matmul|mm|get|select|view|reshape|flatten|permute|transpose|^t$|^to$"
-    "|type|float|half|contiguous|detach|expand|narrow|split|chunk|unbind|squeeze|cat|stack|clone|einsum|pad"
+# what leaves a quantized weight on its grid: the layers' own functions, products, and other views of the same values
+_LAYER_FUNCTION = re.compile("conv|linear|embedding|lstm|gru|rnn|attention")
+_PRODUCTS = "matmul __matmul__ __rmatmul__ mm bmm mv addmm addmv baddbmm einsum tensordot"
+_CASTS = "to type type_as float half double bfloat16 cpu cuda clone detach contiguous __get__"
+_VIEWS = (
+    "t view view_as reshape reshape_as flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze expand "
+    "expand_as broadcast_to narrow select as_strided split chunk unbind cat stack pad flip roll repeat __getitem__"
 )
+_KEEPS_THE_GRID = frozenset(f"{_PRODUCTS} {_CASTS} {_VIEWS}".split())
+
+
+def _keeps_the_grid(function: str) -> bool:
+    return function in _KEEPS_THE_GRID or _LAYER_FUNCTION.search(function) is not None
 
 
 def _written_by_a_hook(layer: nn.Module, parameter: str) -> bool:
@@ -93,7 +101,7 @@ class _WatchesWeights(TorchFunctionMode):
                 # not weights that a hook of pruning or a norm writes: their latent value is an attribute, too
                 own = getattr(layer, "parameter_quantizers", ())
                 substitutes = [parameter for parameter in own if not _written_by_a_hook(layer, parameter)]
-                if not _KEEPS_THE_GRID.search(function) and any(
+                if not _keeps_the_grid(function) and any(
                     x is layer.__dict__.get(parameter) for x in args for parameter in substitutes
                 ):
                     self.changed_inside.setdefault(name, function)

@@ -17,6 +17,7 @@ from lightning_qat_osc.functional import fake_quantize
 from lightning_qat_osc.lookup import weight_name
 from lightning_qat_osc.metrics import SQNR, FrozenShare, OscillatingShare
 from lightning_qat_osc.oscillation import OscillationState
+from lightning_qat_osc.tables import table
 
 __all__ = ["CheckpointWeight", "config_of_state", "format_weights", "inspect_checkpoint", "read_checkpoint"]
 
@@ -206,8 +207,7 @@ def format_weights(weights: list[CheckpointWeight]) -> str:
         )
     total, packed = sum(w.float_bytes for w in weights), sum(w.packed_bytes for w in weights)
     rows.append(("total", *[""] * 7, _size(total), _size(packed)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return table(rows)
 
 
 def _size(octets: int) -> str:

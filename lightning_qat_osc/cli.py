@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_qat_osc.arguments import call_arguments
 from lightning_qat_osc.checkpoints import config_of_state, format_weights, inspect_state, read_checkpoint
 from lightning_qat_osc.export.comparison import OUTPUT, Difference, difference, float_model, layer_outputs
 from lightning_qat_osc.export.convert import convert
 from lightning_qat_osc.export.formats import SUFFIXES, ExportFormat, export_model
 from lightning_qat_osc.export.packed import load_packed
-from lightning_qat_osc.loading import load_quantized
+from lightning_qat_osc.loading import config_of_checkpoint, load_quantized
 from lightning_qat_osc.lookup import quantized_layers
+from lightning_qat_osc.tables import table
 
 __all__ = ["main"]
 
@@ -123,7 +125,7 @@ def _export(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     _, network = _load(options)
     data = _read_arguments(options.data)
-    args, kwargs = (data, {}) if isinstance(data, tuple) else ((), data) if isinstance(data, dict) else ((data,), {})
+    args, kwargs = call_arguments(data)
     layers = list(quantized_layers(network))
     in_float = layer_outputs(float_model(network), layers, args, kwargs)
     quantized = layer_outputs(network, layers, args, kwargs)
@@ -136,11 +138,11 @@ def _compare(options: argparse.Namespace) -> None:
         of_quantization = difference(in_float[name], quantized[name])
         of_export = difference(quantized[name], exported[name]) if name in exported else None
         parts = of_export is not None and of_export.largest != 0.0
-        rows.append((name, f"{of_quantization.sqnr:.1f}", *_texts(of_export), "parts here" if parts > parted else ""))
+        rows.append(
+            (name, f"{of_quantization.sqnr:.1f}", *_texts(of_export), "parts here" if parts and not parted else "")
+        )
         parted |= parts
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    _say(table(rows))
     _say("\nThe first values of the output:")
     for name, outputs in (("float", in_float), ("quantized", quantized), ("exported", exported)):
         values = outputs[OUTPUT][0].flatten()[:_SHOWN].tolist()
@@ -154,11 +156,10 @@ def _texts(found: Difference | None) -> tuple[str, str]:
 def _load(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     """The quantized module of a checkpoint in evaluation mode, and the part of it that is asked for."""
     checkpoint, state = read_checkpoint(options.checkpoint, weights_only=not options.trusted)
-    says = any("scale_updates" in saved for saved in checkpoint.get("callbacks", {}).values())
     module = load_quantized(
         _class(options.module),
         options.checkpoint,
-        None if says else config_of_state(state),
+        config_of_checkpoint(checkpoint) or config_of_state(state),
         map_location="cpu",
         weights_only=not options.trusted,
         **options.module_args,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from lightning_qat_osc.checks import check_bits, check_choice
 from lightning_qat_osc.ranges import RangeMethod
 
 __all__ = ["Bits", "Granularity", "LayerRule", "QuantConfig"]
@@ -18,63 +17,6 @@ Granularity = Literal["per_tensor", "per_channel"]
 
 Bits = int | None | Literal["default"]
 """A width of 2 to 8, None for full precision, or "default" for what the rest of the model has."""
-
-
-def check_bits(name: str, value: object, *, none_allowed: bool = True, default_allowed: bool = False) -> None:
-    """Refuse a bit width that is none.
-
-    Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is outside 2 to 8.
-    """
-    if (none_allowed and value is None) or (default_allowed and value == "default"):
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer from 2 to 8{' or None' if none_allowed else ''}, got {value!r}")
-    if not 2 <= value <= 8:
-        raise ValueError(f"{name} must be from 2 to 8, got {value}")
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuse what does not count something.
-
-    Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is below 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer of at least 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def check_number(
-    name: str, value: object, *, low: float, high: float = math.inf, low_open: bool = False, high_open: bool = False
-) -> None:
-    """Refuse a number outside ``[low, high]`` (or one open at an end), infinity and NaN.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is outside.
-    """
-    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or math.isinf(high) else ']'}"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number in {interval}, got {value!r}")
-    number = float(value)
-    above = low < number if low_open else low <= number
-    below = number < high if high_open else number <= high
-    if not above or not below or math.isinf(number):
-        raise ValueError(f"{name} must be in {interval}, got {value}")
-
-
-def check_choice(name: str, value: object, choices: Any) -> None:
-    """Refuse a value that is not one of a Literal's.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +30,7 @@ class LayerRule:
         activation_bits: Bits of the inputs, likewise. Both None leaves the layer as it is.
 
     Raises:
-        TypeError: If a bit width is not an integer.
+        TypeError: If a bit width is not an integer, or ``pattern`` or ``layer_type`` no string.
         ValueError: If a bit width is out of range, neither a pattern nor a type is given, or the rule sets nothing.
     """
 
@@ -103,6 +45,11 @@ class LayerRule:
             raise ValueError("a LayerRule needs a pattern or a layer_type, got neither")
         if self.weight_bits == "default" and self.activation_bits == "default":
             raise ValueError(f"a LayerRule must set weight_bits or activation_bits, got {self}")
+        for name in ("pattern", "layer_type"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                hint = f", of which the name is '{value.__name__}'" if isinstance(value, type) else ""
+                raise TypeError(f"LayerRule.{name} must be a string, got {value!r}{hint}")
         check_bits("LayerRule.weight_bits", self.weight_bits, default_allowed=True)
         check_bits("LayerRule.activation_bits", self.activation_bits, default_allowed=True)
 

@@ -53,16 +53,9 @@ def _where_inside(values: Tensor, v: Tensor, n: Limit, p: Limit) -> Tensor:
 @cache
 def _just_outside(n: int, p: int, dtype: torch.dtype) -> tuple[float, float]:
     """The floating-point numbers next to the limits of a grid."""
-    return _next_away_from_zero(n, -1.0, dtype), _next_away_from_zero(p, 1.0, dtype)
-
-
-def _next_away_from_zero(limit: int, sign: float, dtype: torch.dtype) -> float:
-    """The floating-point number next to a limit in the direction of a sign, which is its own or that of 0."""
-    info = torch.finfo(dtype)
-    if limit == 0:
-        return sign * info.smallest_normal * info.eps
-    _, exponent = math.frexp(limit)
-    return limit + sign * math.ldexp(info.eps, exponent - 1)
+    limits, away = torch.tensor([[n, p], [-math.inf, math.inf]], dtype=dtype)
+    below, above = torch.nextafter(limits, away).tolist()
+    return below, above
 
 
 def _quantize_dequantize(x: Tensor, scale: Tensor, n: Limit, p: Limit) -> Tensor:

@@ -10,8 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["LayerKind", "calling_forward", "input_names", "kind_names", "layer_kind", "weight_names"]
+__all__ = [
+    "LayerKind",
+    "calling_forward",
+    "input_names",
+    "kind_names",
+    "layer_kind",
+    "weight_names",
+    "written_parameter",
+]
 
 
 @dataclass(frozen=True)
@@ -164,6 +175,13 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
     kind = layer_kind(type(layer))
     assert kind is not None
     return kind.weights(layer)
+
+
+def written_parameter(hook: object) -> str | None:
+    """Name of the weight that a forward pre-hook of torch computes (a norm, pruning); None for any other hook."""
+    if isinstance(hook, (WeightNorm, SpectralNorm)):
+        return hook.name
+    return hook._tensor_name if isinstance(hook, BasePruningMethod) else None
 
 
 def kind_names() -> list[str]:

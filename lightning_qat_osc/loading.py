@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
-from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,9 +11,9 @@ import torch
 from torch import nn
 
 from lightning_qat_osc.config import QuantConfig
-from lightning_qat_osc.surgery import quantize_model
+from lightning_qat_osc.surgery import bits_differences, quantize_model
 
-__all__ = ["load_quantized"]
+__all__ = ["config_of_checkpoint", "load_quantized"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -49,7 +47,7 @@ def load_quantized(
 
     Raises:
         ValueError: If the checkpoint is a folder of shards or a state_dict alone, has no quantizers, or does not say
-            how it is quantized and ``config`` is None.
+            how it is quantized and ``config`` is None, or if its bits are not those of ``config``.
         RuntimeError: If the checkpoint does not fit the module.
     """
     if Path(checkpoint_path).is_dir():
@@ -70,7 +68,7 @@ def load_quantized(
             f"checkpoint_path must be that of a quantized module, and {checkpoint_path} has no quantizers: use "
             f"{module_class.__name__}.load_from_checkpoint"
         )
-    config = config or _config_of(checkpoint)
+    config = config or config_of_checkpoint(checkpoint)
     if config is None:
         raise ValueError(
             f"{checkpoint_path} does not say how it is quantized (it was saved with save_weights_only=True): give "
@@ -78,18 +76,22 @@ def load_quantized(
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found keys that are.*")
-        load = cast(Any, module_class).load_from_checkpoint
-        if "weights_only" in signature(load).parameters:  # Lightning 2.5 has no such argument
-            load = partial(load, weights_only=weights_only)
-        module: Module = load(checkpoint_path, map_location=map_location, strict=False, **kwargs)
+        module: Module = cast(Any, module_class).load_from_checkpoint(
+            checkpoint_path, map_location=map_location, strict=False, weights_only=weights_only, **kwargs
+        )
         warnings.filterwarnings("ignore", message=".*full precision.*")  # training has told
         quantize_model(module, config)
     module.load_state_dict(state)
+    differences = bits_differences(module, config)
+    if differences:
+        raise ValueError(
+            f"config is of another quantization than {checkpoint_path}, where {'; '.join(differences[:5])}"
+        )
     return module
 
 
-def _config_of(checkpoint: dict[str, Any]) -> QuantConfig | None:
-    """The configuration in the state of QuantizationAwareTraining, if it is there."""
+def config_of_checkpoint(checkpoint: dict[str, Any]) -> QuantConfig | None:
+    """The configuration in the state of QuantizationAwareTraining, if a checkpoint has it."""
     for state in checkpoint.get("callbacks", {}).values():
         if isinstance(state, dict) and {"config", "scale_updates"} <= state.keys():
             return QuantConfig.from_dict(state["config"])

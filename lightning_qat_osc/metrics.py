@@ -102,4 +102,5 @@ class SQNR(Metric):
 
     def compute(self) -> Tensor:
         """Decibels; infinite where nothing was lost."""
-        return (10.0 * torch.log10(self.signal / self.noise)).float()
+        ratio = torch.where(self.noise == 0.0, torch.inf, self.signal / self.noise)
+        return (10.0 * torch.log10(ratio)).float()

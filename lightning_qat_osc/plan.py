@@ -11,6 +11,7 @@ from lightning_qat_osc.layers import weight_names
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight
 from lightning_qat_osc.sharding import whole
+from lightning_qat_osc.tables import table
 
 __all__ = ["LayerPlan", "format_plan", "quantization_plan"]
 
@@ -86,5 +87,4 @@ def format_plan(plan: list[LayerPlan]) -> str:
         scale = "" if p.weight_scale is None else f"{p.weight_scale:.3g}"
         shape = "x".join(map(str, p.shape))
         rows.append((p.layer, p.type, shape, text(p.weight_bits), scale, text(p.activation_bits), reach))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return table(rows)

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from lightning_qat_osc.arguments import with_quantized_arguments
 from lightning_qat_osc.config import Granularity, QuantConfig
 from lightning_qat_osc.functional import fake_quantize, fake_quantize_pair, integer_grid, quantize_to_int
-from lightning_qat_osc.layers import calling_forward, weight_names
+from lightning_qat_osc.layers import calling_forward, weight_names, written_parameter
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.ranges import RangeMethod, activation_grid, estimate_scale
 from lightning_qat_osc.recomputation import Recipe, recomputed
@@ -387,7 +387,7 @@ def latent_weight(layer: nn.Module, parameter: str) -> Tensor:
     try:
         layer.eval()  # spectral norm iterates whenever its weight is read in training mode
         for hook in layer._forward_pre_hooks.values():
-            if getattr(hook, "_tensor_name", getattr(hook, "name", None)) == parameter:  # pruning, weight norm
+            if written_parameter(hook) == parameter:
                 hook(layer, ())
         return cast(Tensor, getattr(layer, parameter))
     finally:

@@ -16,7 +16,14 @@ from lightning_qat_osc.layers import LayerKind, calling_forward, input_names, ki
 from lightning_qat_osc.lookup import model_modules, quantized_layers, weight_name, weights_with_quantizers
 from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight, quantized_class
 
-__all__ = ["bits_differences", "hidden_weights", "quantizable_layers", "quantize_model", "unquantized_layers"]
+__all__ = [
+    "bits_differences",
+    "hidden_weights",
+    "off_the_fused_path",
+    "quantizable_layers",
+    "quantize_model",
+    "unquantized_layers",
+]
 
 
 def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -39,13 +46,17 @@ def _describe(rule: LayerRule) -> str:
 
 
 def _check_rules_match(rules: Sequence[LayerRule], layers: dict[str, nn.Module]) -> None:
-    """A rule that matches no layer is a typing error: say so and list what was near.
+    """A rule that matches no layer is a typing error: say so and list what was near; nor is one without effect meant.
 
     Raises:
         ValueError: If there is one.
     """
     for rule in rules:
-        if any(rule.matches(name, type(layer)) for name, layer in layers.items()):
+        matching = [layer for name, layer in layers.items() if rule.matches(name, type(layer))]
+        if matching and isinstance(rule.activation_bits, int) and not any(_kind(layer).inputs for layer in matching):
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in matching}))
+            raise ValueError(f"{_describe(rule)} sets activation_bits of {kinds} alone, whose input is indices")
+        if matching:
             continue
         by_name = [name for name in layers if fnmatchcase(name, rule.pattern or "*")]
         if rule.layer_type is not None and by_name:
@@ -243,12 +254,12 @@ def _keep_off_fused_paths(module: nn.Module) -> None:
             child.use_nested_tensor = False  # its layers take nested tensors on their fused path alone
         if isinstance(child, nn.TransformerEncoderLayer):
             hooks = child.linear1._forward_pre_hooks.values()
-            if _off_the_fused_path not in hooks:
+            if off_the_fused_path not in hooks:
                 # with a hook, evaluation does not take the fused path, which reads weights past their layers
-                child.linear1.register_forward_pre_hook(_off_the_fused_path)
+                child.linear1.register_forward_pre_hook(off_the_fused_path)
 
 
-def _off_the_fused_path(module: nn.Module, args: tuple[object, ...]) -> None:
+def off_the_fused_path(module: nn.Module, args: tuple[object, ...]) -> None:
     """A hook that does nothing."""
 
 

@@ -1,4 +1,4 @@
-"""What the oscillation callbacks share: a check, their schedule, and the weights of an optimizer."""
+"""What the oscillation callbacks share: checks, their schedule, and the weights of an optimizer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from collections.abc import Callable
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat_osc.lookup import QuantizedWeight, is_quantized, weights_with_quantizers
 from lightning_qat_osc.sweep import WeightBatch, in_batches
 
-__all__ = ["OptimizerWeights", "require_averaging_before", "require_quantization", "run_length", "run_step"]
+__all__ = [
+    "OptimizerWeights",
+    "require_averaging_before",
+    "require_one",
+    "require_quantization",
+    "run_length",
+    "run_step",
+    "warn_if_nothing_oscillates",
+]
 
 
 def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> None:
@@ -35,6 +44,36 @@ def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> None:
             f"QuantizationAwareTraining must come before {name} in the Trainer's callbacks: it inserts the quantizers "
             "and moves their scales, which the others then read."
         )
+
+
+def require_one(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Insist that a callback is the only one of its kind, whose arguments are then in force.
+
+    Raises:
+        MisconfigurationException: If there are more.
+    """
+    same = [c for c in trainer.callbacks if type(c) is type(callback)]  # type: ignore[attr-defined]
+    if len(same) > 1:
+        name = type(callback).__name__
+        raise MisconfigurationException(f"the Trainer's callbacks must have one {name} at most, got {len(same)}")
+
+
+def warn_if_nothing_oscillates(pl_module: pl.LightningModule, max_bits: int, verb: str) -> None:
+    """Say so if no weight has few enough bits for a callback.
+
+    Args:
+        pl_module: The quantized module.
+        max_bits: The callback's.
+        verb: What the callback does to weights.
+    """
+    bits = [w.quantizer.bits for w in weights_with_quantizers(pl_module) if w.quantizer.bits is not None]
+    if any(b <= max_bits for b in bits):
+        return
+    least = f"the least is {min(bits)}; the first and last layer have first_last_bits" if bits else "none is quantized"
+    rank_zero_warn(
+        f"No weight is quantized to max_bits={max_bits} or fewer ({least}): there is nothing to {verb}. Lower the bits "
+        "or raise max_bits."
+    )
 
 
 def require_averaging_before(trainer: pl.Trainer, callback: pl.Callback) -> None:

@@ -7,9 +7,9 @@ import inspect
 import random
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -108,7 +108,7 @@ def _restored_state(module: torch.nn.Module) -> Iterator[None]:
 
 def eagerly() -> AbstractContextManager[Any]:
     """Compiled modules run eagerly, so that hooks on their layers fire, and are not traced into graphs."""
-    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+    return cast(AbstractContextManager[Any], torch.compiler.set_stance("force_eager"))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat_osc.batch_norm import batch_norm_layers, reestimate_batch_norm
-from lightning_qat_osc.callbacks._oscillation import require_averaging_before, require_quantization
+from lightning_qat_osc.callbacks._oscillation import require_averaging_before, require_one, require_quantization
 from lightning_qat_osc.callbacks._training_passes import (
     ForwardFn,
     can_run_training_step,
@@ -21,7 +22,7 @@ from lightning_qat_osc.callbacks._training_passes import (
     training_pass,
     without_side_effects,
 )
-from lightning_qat_osc.config import check_count
+from lightning_qat_osc.checks import check_count, check_flag, check_function
 
 __all__ = ["BatchNormReestimation"]
 
@@ -45,7 +46,7 @@ class BatchNormReestimation(pl.Callback):
             cannot be run on its own. In YAML, the import path of a function.
 
     Raises:
-        TypeError: If ``num_batches`` is no integer.
+        TypeError: If an argument is of another type.
         ValueError: If ``num_batches`` is below 1.
     """
 
@@ -54,6 +55,8 @@ class BatchNormReestimation(pl.Callback):
     ) -> None:
         super().__init__()
         check_count("num_batches", num_batches)
+        check_flag("log_divergence", log_divergence)
+        check_function("forward_fn", forward_fn)
         self.num_batches = num_batches
         self.log_divergence = log_divergence
         self.forward_fn = forward_fn
@@ -63,6 +66,7 @@ class BatchNormReestimation(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that ``training_step`` can be run, and note which layers it may be for."""
         require_quantization(trainer, self)
+        require_one(trainer, self)
         require_averaging_before(trainer, self)
         self._layers = batch_norm_layers(pl_module)
         self._trained = {name: bn for name, bn in self._layers.items() if bn.training}
@@ -107,7 +111,7 @@ class BatchNormReestimation(pl.Callback):
                     "There is no training data to re-estimate batch norm from: its statistics stay as they are."
                 )
                 return {}
-            return reestimate_batch_norm(pl_module, _chain(first, batches), forward, layers=self._trained)
+            return reestimate_batch_norm(pl_module, chain([first], batches), forward, layers=self._trained)
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, divergence: dict[str, Tensor]) -> None:
         if not self.log_divergence or not divergence or trainer.barebones:
@@ -116,8 +120,3 @@ class BatchNormReestimation(pl.Callback):
         for name, value in means.items():
             pl_module.log(f"batch_norm/divergence/{name}", value, batch_size=1, sync_dist=True)
         pl_module.log("batch_norm/divergence", torch.stack(list(means.values())).amax(), batch_size=1, sync_dist=True)
-
-
-def _chain(first: Any, rest: Any) -> Any:
-    yield first
-    yield from rest

@@ -10,10 +10,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_qat_osc.callbacks._frozen_weights import HoldsFrozenWeights
 from lightning_qat_osc.callbacks._optimizer_steps import is_log_step
 from lightning_qat_osc.callbacks._oscillation import require_averaging_before, run_length, run_step
-from lightning_qat_osc.callbacks.oscillation_tracking import TracksOscillation
-from lightning_qat_osc.config import check_number
+from lightning_qat_osc.callbacks._tracks_oscillation import TracksOscillation
+from lightning_qat_osc.checks import check_number
 from lightning_qat_osc.lookup import QuantizedWeight, quantized_weights
 from lightning_qat_osc.regularizers import Aggregation
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
@@ -23,7 +24,7 @@ from lightning_qat_osc.sweep import add_dampening, dampen_and_pass_on, pass_on_f
 __all__ = ["IterativeFreezing"]
 
 
-class IterativeFreezing(TracksOscillation):
+class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
     """Freezes weights that oscillate too often (Nagel et al., arXiv 2203.11086, Sec. 4.3, Algorithm 1).
 
     A weight whose frequency exceeds the threshold is held for the rest of training at the integer that its moving
@@ -51,8 +52,6 @@ class IterativeFreezing(TracksOscillation):
         TypeError: If an argument is no number.
         ValueError: If an argument is out of range.
     """
-
-    _freezes = True
 
     def __init__(
         self,

@@ -10,9 +10,16 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
-from lightning_qat_osc.callbacks._oscillation import OptimizerWeights, require_quantization, run_length, run_step
+from lightning_qat_osc.callbacks._oscillation import (
+    OptimizerWeights,
+    require_one,
+    require_quantization,
+    run_length,
+    run_step,
+    warn_if_nothing_oscillates,
+)
 from lightning_qat_osc.callbacks.iterative_freezing import IterativeFreezing
-from lightning_qat_osc.config import check_bits, check_choice, check_number
+from lightning_qat_osc.checks import check_bits, check_choice, check_number
 from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.regularizers import Aggregation, dampening_loss
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
@@ -72,12 +79,14 @@ class OscillationDampening(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that there will be something to dampen, and find who may take it along."""
         require_quantization(trainer, self)
+        require_one(trainer, self)
         later = trainer.callbacks[trainer.callbacks.index(self) :]  # type: ignore[attr-defined]
         freezing = [c for c in later if isinstance(c, IterativeFreezing) and c.max_bits == self.max_bits]
         self._freezing = freezing[0] if freezing else None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the optimizers, and lay the schedule over the run."""
+        warn_if_nothing_oscillates(pl_module, self.max_bits, "dampen")
         self._weights = OptimizerWeights(pl_module, self.max_bits)
         self._step_hooks.attach(trainer, partial(self.on_before_optimizer_step, trainer, pl_module))
         if self.initial_weight != self.final_weight:

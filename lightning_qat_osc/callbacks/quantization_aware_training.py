@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_qat_osc.batch_norm import batch_norm_layers, batch_statistics
 from lightning_qat_osc.calibration import Calibrator
+from lightning_qat_osc.callbacks._frozen_weights import release_frozen_weights
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
 from lightning_qat_osc.callbacks._scale_updates import ScaleUpdates, with_room_for_scales
 from lightning_qat_osc.callbacks._sharded_restore import load_histories
@@ -34,10 +33,12 @@ from lightning_qat_osc.callbacks._training_passes import (
     training_pass,
     without_side_effects,
 )
-from lightning_qat_osc.config import Granularity, LayerRule, QuantConfig, check_count, check_number, config_differences
+from lightning_qat_osc.checks import check_count, check_file, check_flag, check_function, check_number
+from lightning_qat_osc.config import Granularity, LayerRule, QuantConfig, config_differences
+from lightning_qat_osc.files import written_whole
 from lightning_qat_osc.kernels import why_nothing_compiles
 from lightning_qat_osc.lookup import quantized_layers, quantizers, scale_parameters
-from lightning_qat_osc.plan import format_plan, quantization_plan
+from lightning_qat_osc.plan import LayerPlan, format_plan, quantization_plan
 from lightning_qat_osc.ranges import RangeMethod
 from lightning_qat_osc.sharding import whole
 from lightning_qat_osc.surgery import (
@@ -60,11 +61,12 @@ _NO_BATCHES = "the training data must have at least 1 batch to initialise ranges
 class QuantizationAwareTraining(pl.Callback):
     """Trains any LightningModule with simulated quantization of its weights and activations (LSQ, arXiv 1902.08153).
 
-    In ``setup``, before optimizers exist, each Conv, ConvTranspose, Linear and Embedding layer gets a weight quantizer,
-    and each but Embedding an input quantizer. Weights are symmetric; inputs unsigned where calibration saw nothing
-    negative, else asymmetric. Before the first step the ranges are set from a few training batches, run in evaluation
-    mode; the first and last layer are found by the order in which these execute the layers. The scales are then learned
-    with an Adam of their own, without weight decay, inside the step of whatever optimizer the module configures.
+    In ``setup``, before optimizers exist, layers of all kinds that :func:`~lightning_qat_osc.quantize_model` knows get
+    a quantizer for each weight, and all but embeddings one for each input. Weights are symmetric; inputs unsigned where
+    calibration saw nothing negative, else asymmetric. Before the first step the ranges are set from a few training
+    batches, run in evaluation mode; the first and last layer are found by the order in which these execute the layers.
+    The scales are then learned with an Adam of their own, without weight decay, inside the step of whatever optimizer
+    the module configures.
 
     Attributes that a ``training_step`` sets by itself, such as a list of outputs, see the calibration batches too,
     unless ``forward_fn`` is given. Under manual optimization, without ``forward_fn``, the ranges come from the first
@@ -99,8 +101,8 @@ class QuantizationAwareTraining(pl.Callback):
             cannot be run on its own. In YAML, the import path of a function.
 
     Raises:
-        TypeError: If an argument is no number, or a bit width or count no integer.
-        ValueError: If an argument is out of range.
+        TypeError: If an argument is of another type.
+        ValueError: If an argument is out of range, or ``plan_path`` a folder.
     """
 
     def __init__(
@@ -133,9 +135,10 @@ class QuantizationAwareTraining(pl.Callback):
         )
         check_count("calibration_batches", calibration_batches)
         check_number("scale_learning_rate", scale_learning_rate, low=0.0)
-        for name, value in (("fused", fused), ("recompute", recompute)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
+        for name, value in (("fused", fused), ("recompute", recompute), ("print_plan", print_plan)):
+            check_flag(name, value)
+        check_file("plan_path", plan_path)
+        check_function("forward_fn", forward_fn)
         self.calibration_batches = calibration_batches
         self.scale_learning_rate = scale_learning_rate
         self.fused = fused
@@ -264,6 +267,7 @@ class QuantizationAwareTraining(pl.Callback):
         for scale in scale_parameters(pl_module) if trainer.strategy.restore_checkpoint_after_setup else []:
             scale.requires_grad_(True)
         self._check_bits(pl_module)
+        release_frozen_weights(trainer, pl_module)
         if all(q.calibrated for q in quantizers(pl_module) if q.bits is not None):
             return
         calibrator = Calibrator(pl_module, self.config)
@@ -300,7 +304,7 @@ class QuantizationAwareTraining(pl.Callback):
         if self.print_plan:
             rank_zero_info(format_plan(plan))
         if self.plan_path is not None:
-            _write_yaml(self.plan_path, [asdict(line) for line in plan])
+            _write_plan(self.plan_path, plan)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -427,13 +431,6 @@ def _loss_is_nan(output: Any) -> list[Tensor]:
 
 
 @rank_zero_only
-def _write_yaml(path: str, lines: list[dict[str, Any]]) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # beside the target, and then in its place: whoever reads it finds the earlier plan or the new one, never a half
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(yaml.safe_dump(lines, sort_keys=False), encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write_plan(path: str, plan: list[LayerPlan]) -> None:
+    with written_whole(path) as file:
+        file.write_text(yaml.safe_dump([asdict(line) for line in plan], sort_keys=False), encoding="utf-8")

@@ -25,9 +25,9 @@ from lightning_qat_osc.export.integers import (
     integer_weights,
     layers_by_every_name,
 )
-from lightning_qat_osc.layers import calling_forward
+from lightning_qat_osc.layers import calling_forward, written_parameter
 from lightning_qat_osc.quantizers import QuantizedLayer
-from lightning_qat_osc.surgery import _off_the_fused_path
+from lightning_qat_osc.surgery import off_the_fused_path
 
 __all__ = ["IntegerModel", "QuantizeInputs", "convert", "integer_model"]
 
@@ -74,14 +74,12 @@ class IntegerModel:
         module: What :func:`convert` returns.
         weights: Key of a parameter in the module's state_dict -> its integers; shared weights are one object under each
             of their names. Where batch norm was folded in, these are the scales and integers that it left.
-        inputs: Layer name -> argument of its forward -> grid, as in :func:`~lightning_qat_osc.export.input_grids`.
         layers: Names of the layers that had quantizers.
         folding: What became of its batch norms.
     """
 
     module: nn.Module
     weights: dict[str, IntegerWeight]
-    inputs: dict[str, dict[str, InputGrid]]
     layers: list[str]
     folding: Folding = field(default_factory=Folding)
 
@@ -144,10 +142,10 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
     set_weights(plain, weights)
     quantize_inputs(plain, {name: arguments[name] for name in inputs})
     if not fold_batch_norm:
-        return IntegerModel(plain, weights, inputs, list(arguments))
+        return IntegerModel(plain, weights, list(arguments))
     weights, folding = fold(plain, weights)
     set_weights(plain, weights)
-    return IntegerModel(plain, weights, inputs, list(arguments), folding)
+    return IntegerModel(plain, weights, list(arguments), folding)
 
 
 def copied(module: Module) -> Module:
@@ -167,14 +165,14 @@ def without_quantizers(module: Module) -> Module:
     layers = set(layers_by_every_name(plain).values())
     for layer in layers:
         for child in {*layer.parameter_quantizers.values(), *layer.argument_quantizers.values()}:
-            del layer._modules[child]
+            delattr(layer, child)
         for attribute in QuantizedLayer.__annotations__.keys() & layer.__dict__.keys():
             del layer.__dict__[attribute]
         cast(nn.Module, layer).__class__ = layer.float_class
     for child_module in plain.modules():
         if isinstance(child_module, nn.TransformerEncoderLayer):
             hooks = child_module.linear1._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is _off_the_fused_path]:
+            for key in [key for key, hook in hooks.items() if hook is off_the_fused_path]:
                 del hooks[key]
     return plain
 
@@ -242,16 +240,16 @@ def _make_permanent(layer: nn.Module, parameter: str) -> None:
         layer.__class__ = own_class
         for key, value in values.items():
             layer.register_parameter(key, nn.Parameter(value.detach()))
-    for hook in list(layer._forward_pre_hooks.values()):
-        if isinstance(hook, WeightNorm) and hook.name == parameter:
+    for hook in [hook for hook in layer._forward_pre_hooks.values() if written_parameter(hook) == parameter]:
+        if isinstance(hook, WeightNorm):
             remove_weight_norm(layer, parameter)
-        elif isinstance(hook, SpectralNorm) and hook.name == parameter:
+        elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(layer, parameter)
             for handle, loading in list(layer._load_state_dict_pre_hooks.items()):
                 # torch wraps this hook when it is registered, and does not know it again when it removes it
                 if isinstance(getattr(loading, "hook", loading), SpectralNormLoadStateDictPreHook):
                     del layer._load_state_dict_pre_hooks[handle]
-        elif isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == parameter:
+        else:
             prune.remove(layer, parameter)  # type: ignore[no-untyped-call]
 
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_qat_osc.export.files import written_whole
 from lightning_qat_osc.export.onnx import export_onnx
 from lightning_qat_osc.export.packed import save_packed
 from lightning_qat_osc.export.pt2e import export_program
+from lightning_qat_osc.files import written_whole
 
 __all__ = ["ExportFormat", "SUFFIXES", "export_model", "require_packages"]
 
@@ -68,8 +68,8 @@ def export_model(
         return
     if example_input is None:
         raise ValueError(f"example_input must be what the module's forward takes for '{export_format}', got None")
+    if export_format == "onnx":
+        export_onnx(module, path, example_input)
+        return
     with written_whole(path) as temporary:
-        if export_format == "onnx":
-            export_onnx(module, temporary, example_input)
-        else:
-            torch.export.save(export_program(module, example_input), temporary)
+        torch.export.save(export_program(module, example_input), temporary)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qat_osc.export.files import written_whole
-from lightning_qat_osc.export.pt2e import call_arguments, export_program
+from lightning_qat_osc.arguments import call_arguments
+from lightning_qat_osc.export.pt2e import export_program
+from lightning_qat_osc.files import written_whole
 
 __all__ = ["export_onnx"]
 

@@ -26,9 +26,9 @@ from lightning_qat_osc.export.convert import (
     set_weights,
     without_quantizers,
 )
-from lightning_qat_osc.export.files import written_whole
 from lightning_qat_osc.export.folding import remove_batch_norm
 from lightning_qat_osc.export.integers import InputGrid, IntegerWeight
+from lightning_qat_osc.files import written_whole
 
 __all__ = ["load_packed", "pack", "save_packed", "unpack"]
 

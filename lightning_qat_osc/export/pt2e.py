@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
+from lightning_qat_osc.arguments import call_arguments
 from lightning_qat_osc.export.convert import QuantizeInputs, integer_model
 from lightning_qat_osc.export.folding import CannotFoldError, scaled_channels
 from lightning_qat_osc.export.integers import InputGrid, IntegerWeight
@@ -91,15 +92,6 @@ def export_program(
             graph_module.graph.erase_node(node)
     # a module made of a dictionary holds the tensors that the graph reads, and no others
     return _trace(fx.GraphModule(constants, graph_module.graph), args, kwargs, shapes, type(module).__name__)
-
-
-def call_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a call, from a tuple, a dictionary or a single argument."""
-    if isinstance(example_input, tuple):
-        return example_input, {}
-    if isinstance(example_input, Mapping):
-        return (), dict(example_input)
-    return (example_input,), {}
 
 
 def _open_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

@@ -1,0 +1,36 @@
+"""Frozen weights stay where they are for as long as a callback holds them there."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_qat_osc.lookup import is_quantized, weights_with_quantizers
+from lightning_qat_osc.sharding import whole
+
+__all__ = ["HoldsFrozenWeights", "release_frozen_weights"]
+
+
+class HoldsFrozenWeights(pl.Callback):
+    """A callback that puts frozen weights back after each optimizer step, those of at most ``max_bits`` bits."""
+
+    max_bits: int
+
+
+@torch.no_grad()
+def release_frozen_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let go of the weights that a run before has frozen and that no callback of this one holds, and say so."""
+    holding = [c for c in trainer.callbacks if isinstance(c, HoldsFrozenWeights)]  # type: ignore[attr-defined]
+    max_bits = max((c.max_bits for c in holding), default=0)
+    released = 0
+    for _, _, quantizer in weights_with_quantizers(pl_module):
+        if quantizer.oscillation is not None and not is_quantized(quantizer, max_bits):
+            released += int(whole(quantizer.oscillation.frozen.sum()))
+            quantizer.oscillation.frozen.zero_()
+    if released:
+        what = f"its max_bits={max_bits} leaves them out: raise it" if holding else "add IterativeFreezing"
+        rank_zero_warn(
+            f"{released} weights that a run before has frozen are free again, because no IterativeFreezing holds them. "
+            f"To keep them frozen, {what}."
+        )

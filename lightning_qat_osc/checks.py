@@ -1,0 +1,102 @@
+"""Checks of arguments, whose errors name the argument, the rule and the value."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from pathlib import Path
+from typing import Any, get_args
+
+__all__ = ["check_bits", "check_choice", "check_count", "check_file", "check_flag", "check_function", "check_number"]
+
+
+def check_bits(name: str, value: object, *, none_allowed: bool = True, default_allowed: bool = False) -> None:
+    """Refuse a bit width that is none.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is outside 2 to 8.
+    """
+    if (none_allowed and value is None) or (default_allowed and value == "default"):
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer from 2 to 8{' or None' if none_allowed else ''}, got {value!r}")
+    if not 2 <= value <= 8:
+        raise ValueError(f"{name} must be from 2 to 8, got {value}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what does not count something.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_number(
+    name: str, value: object, *, low: float, high: float = math.inf, low_open: bool = False, high_open: bool = False
+) -> None:
+    """Refuse a number outside ``[low, high]`` (or one open at an end), infinity and NaN.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is outside.
+    """
+    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or math.isinf(high) else ']'}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in {interval}, got {value!r}")
+    number = float(value)
+    above = low < number if low_open else low <= number
+    below = number < high if high_open else number <= high
+    if not above or not below or math.isinf(number):
+        raise ValueError(f"{name} must be in {interval}, got {value}")
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Refuse a value that is not one of a Literal's.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_file(name: str, value: object) -> None:
+    """Refuse what is no path of a file; None is none that is asked for.
+
+    Raises:
+        TypeError: If it is no path.
+        ValueError: If it is a folder.
+    """
+    if value is None:
+        return
+    if not isinstance(value, (str, Path)):
+        raise TypeError(f"{name} must be the path of a file, got {value!r}")
+    if Path(value).is_dir():
+        raise ValueError(f"{name} must be the path of a file, and {value} is a folder")
+
+
+def check_function(name: str, value: object) -> None:
+    """Refuse what cannot be called; None is no function.
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function, got {value!r}")
