@@ -45,7 +45,7 @@ def batch_norm_divergence(mean: Tensor, var: Tensor, running_mean: Tensor, runni
         running_var: Variance that the layer normalises with, q, [C].
 
     Returns:
-        Divergences in nats, [C]; 0 where two variances of 0 have one mean, infinite where only the running one is 0.
+        Divergences in nats, [C]; 0 where two variances of 0 have one mean, huge where only the running one is 0.
     """
     tiny = torch.finfo(var.dtype).tiny
     ratio = var.clamp_min(tiny) / running_var.clamp_min(tiny)
@@ -105,6 +105,8 @@ def batch_statistics(layers: list[_BatchNorm]) -> Iterator[list[_Moments]]:
                 assert isinstance(bn, _BatchNorm)
                 assert bn.running_mean is not None
                 assert bn.running_var is not None
+                if output.numel() == 0:
+                    return
                 mean, var = bn.running_mean.to(m.mean.dtype), bn.running_var.to(m.mean.dtype)
                 count = output.numel() // output.shape[1]
                 if isinstance(bn, nn.SyncBatchNorm) and dist.is_initialized():

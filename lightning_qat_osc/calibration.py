@@ -228,15 +228,15 @@ class Calibrator:
             elif word := w.calibrate(weight):
                 yield f"{parameter}: {word}"
         inputs = {argument: q for argument, q in layer.input_quantizers().items() if not q.calibrated}
-        if name not in self._called:
-            if inputs:
-                yield "it was not called during calibration, so its input stays in full precision"
-            return
+        if name not in self._called and any(q.bits is not None for q in inputs.values()):
+            yield "it was not called during calibration, so its input stays in full precision"
         for argument, q in inputs.items():
-            if (name, argument) not in self._observed:
-                q.set_bits(None)  # the same tensor as an argument before it
-            elif q.bits is not None and (word := self._calibrate_input(q, self._observed[name, argument])):
+            observed = self._observed.get((name, argument))
+            word = None if observed is None or q.bits is None else self._calibrate_input(q, observed)
+            if word is not None:
                 yield word
+            if not q.calibrated:
+                q.set_bits(None)  # for good, also after a resume; or it is the same tensor as an argument before it
 
     def _calibrate_input(self, quantizer: InputQuantizer, observed: _Observed) -> str | None:
         seen = observed.to(quantizer.scale.device)

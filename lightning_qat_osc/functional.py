@@ -52,10 +52,11 @@ def _where_inside(values: Tensor, v: Tensor, n: Limit, p: Limit) -> Tensor:
 
 @cache
 def _just_outside(n: int, p: int, dtype: torch.dtype) -> tuple[float, float]:
-    """The floating-point numbers next to the limits of a grid."""
+    """The normal floating-point numbers next to the limits of a grid: a CPU may be set to take others for 0."""
     limits, away = torch.tensor([[n, p], [-math.inf, math.inf]], dtype=dtype)
     below, above = torch.nextafter(limits, away).tolist()
-    return below, above
+    tiny = torch.finfo(dtype).smallest_normal
+    return min(below, -tiny) if n == 0 else below, max(above, tiny) if p == 0 else above
 
 
 def _quantize_dequantize(x: Tensor, scale: Tensor, n: Limit, p: Limit) -> Tensor:

@@ -84,8 +84,8 @@ class _Attention(nn.MultiheadAttention):
         if self.add_zero_attn:
             extra.append((k.new_zeros(1, 1, self.embed_dim),) * 2)
         for key_row, value_row in extra:
-            k = torch.cat([k, key_row.expand(len(k), 1, -1)], dim=1)
-            v = torch.cat([v, value_row.expand(len(v), 1, -1)], dim=1)
+            k = torch.cat([k, key_row.expand(k.shape[0], 1, -1)], dim=1)  # len() fixes an open size
+            v = torch.cat([v, value_row.expand(v.shape[0], 1, -1)], dim=1)
             mask = None if mask is None else F.pad(mask, (0, 1))
         q, k, v = (x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2) for x in (q, k, v))  # [N, H, L, E / H]
         dropout = self.dropout if self.training else 0.0

@@ -97,8 +97,9 @@ class SQNR(Metric):
 
     def update(self, x: Tensor, x_q: Tensor) -> None:
         """Add values and their quantized form, of one shape."""
-        self.signal += x.square().sum(dtype=self.signal.dtype)
-        self.noise += (x - x_q).square().sum(dtype=self.noise.dtype)
+        x, x_q = x.to(self.signal.dtype), x_q.to(self.signal.dtype)  # squares leave the range of half precision
+        self.signal += x.square().sum()
+        self.noise += (x - x_q).square().sum()
 
     def compute(self) -> Tensor:
         """Decibels; infinite where nothing was lost."""

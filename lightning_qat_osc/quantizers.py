@@ -257,6 +257,8 @@ class InputQuantizer(Quantizer):
         assert self.bits is not None
         quant_min, quant_max, zero_point = activation_grid(sample, low, high, self.bits, self.method)
         n, p = quant_min - zero_point, quant_max - zero_point
+        if self.method == "minmax":
+            sample = sample.new_tensor([low, high])  # the extremes of all values, not of a sample
         self.set_range(estimate_scale(sample.reshape(1, -1), n, p, self.method), quant_min, quant_max, zero_point)
 
 

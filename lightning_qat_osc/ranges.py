@@ -47,16 +47,11 @@ def _compress(x: Tensor) -> _Weighted:
     return _Weighted(centres, counts.to(x.dtype))
 
 
-def _percentiles(weighted: _Weighted, tail: float) -> tuple[Tensor, Tensor]:
-    """The values below and above which a share ``tail`` of the elements lies, each [G]."""
-    values, order = weighted.values.sort(dim=1)
-    counts = torch.ones_like(values) if weighted.counts is None else weighted.counts.gather(1, order)
-    cumulative = counts.cumsum(dim=1)
-    total = cumulative[:, -1:]
-    last = values.shape[1] - 1
-    low = torch.searchsorted(cumulative, tail * total).clamp_(max=last)
-    high = torch.searchsorted(cumulative, (1.0 - tail) * total).clamp_(max=last)
-    return values.gather(1, low).squeeze(1), values.gather(1, high).squeeze(1)
+def _percentiles(x: Tensor, tail: float) -> tuple[Tensor, Tensor]:
+    """The values below and above which a share ``tail`` of the elements lies, each [G]. x: [G, n]."""
+    n = x.shape[1]
+    low, high = max(1, math.ceil(tail * n)), max(1, math.ceil((1.0 - tail) * n))
+    return x.kthvalue(low, dim=1).values, x.kthvalue(high, dim=1).values
 
 
 def _covering_scale(low: Tensor, high: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -134,7 +129,7 @@ def estimate_scale(x: Tensor, quant_min: int, quant_max: int, method: RangeMetho
     elif method == "lsq":
         scale = 2.0 * x.abs().mean(dim=1) / math.sqrt(max(quant_max, 1))
     elif method == "percentile":
-        scale = _covering_scale(*_percentiles(_compress(x), _TAIL), quant_min, quant_max)
+        scale = _covering_scale(*_percentiles(x, _TAIL), quant_min, quant_max)
         scale = torch.where(scale > smallest, scale, covering)  # more than 99.9 % zeros
     elif method == "mse":
         rows = max(1, _BLOCK // x.shape[1])
@@ -164,7 +159,7 @@ def activation_grid(x: Tensor, low: float, high: float, bits: int, method: Range
     if low >= 0.0:
         return 0, quant_max, 0
     if method != "minmax":
-        low_tail, high_tail = _percentiles(_compress(x.float().unsqueeze(0)), _TAIL)
+        low_tail, high_tail = _percentiles(x.float().unsqueeze(0), _TAIL)
         if low_tail < high_tail:
             low, high = low_tail.item(), high_tail.item()
     low, high = min(low, 0.0), max(high, 0.0)

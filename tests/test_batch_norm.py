@@ -111,7 +111,19 @@ def test_divergence_of_the_new_statistics_from_the_old():
     assert torch.allclose(divergence, expected, rtol=1e-4)
 
 
-def test_variance_of_zero_gives_a_finite_divergence():
+def test_variances_of_zero():
     zero, one = torch.zeros(1), torch.ones(1)
+    assert batch_norm_divergence(one, zero, one, zero) == 0
+    assert batch_norm_divergence(one, zero, zero, zero) > 1e30
     assert batch_norm_divergence(one, zero, one, one).isfinite().all()
-    assert batch_norm_divergence(one, one, one, zero).isfinite().all()
+    bn = nn.BatchNorm1d(2)
+    bn.running_var.zero_()
+    assert reestimate_batch_norm(bn, [torch.randn(10, 2)])[""].isfinite().all()
+
+
+def test_a_batch_of_nothing_counts_for_nothing():
+    x = torch.randn(6, 3)
+    bn = nn.BatchNorm1d(3)
+    reestimate_batch_norm(bn, [x[:0], x[:4], x[:0], x[4:]])
+    assert torch.allclose(bn.running_mean, x.mean(0), atol=1e-6)
+    assert torch.allclose(bn.running_var, x.var(0))

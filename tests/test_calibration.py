@@ -37,7 +37,7 @@ def bits(net):
 def test_first_and_last_are_found_by_execution():
     net = Net()
     words = calibrate(net, QuantConfig(3, 4), [torch.randn(64, 4)])
-    assert bits(net) == {"first": (8, None), "last": (8, 8), "middle": (3, 4), "unused": (3, 4)}
+    assert bits(net) == {"first": (8, None), "last": (8, 8), "middle": (3, 4), "unused": (3, None)}
     assert (net.middle.input_quantizer.zero_point, net.middle.input_quantizer.quant_max) == (0, 15)
     assert net.last.input_quantizer.zero_point > 0
     assert len(words) == 1
@@ -49,7 +49,7 @@ def test_first_and_last_are_found_by_execution():
 def test_first_and_last_like_the_rest():
     net = Net()
     calibrate(net, QuantConfig(3, 4, first_last_bits=None), [torch.randn(64, 4)])
-    assert set(bits(net).values()) == {(3, 4)}
+    assert bits(net) == {"first": (3, 4), "last": (3, 4), "middle": (3, 4), "unused": (3, None)}
     assert net.first.input_quantizer.active
 
 
@@ -112,3 +112,40 @@ def test_hooks_are_gone_after_an_exception():
     with pytest.raises(RuntimeError, match="mat1"), calibrator.observe():
         net(torch.randn(2, 99))
     assert all(not m._forward_pre_hooks for m in net.modules())
+
+
+def test_minmax_covers_what_a_sample_leaves_out():
+    x = torch.rand(4096, 64)
+    x[1000, 1] = 10.0
+    net = nn.Sequential(nn.Linear(64, 4))
+    calibrate(net, QuantConfig(8, 8, first_last_bits=None, activation_range="minmax"), [x])
+    quantizer = net[0].input_quantizer
+    assert (quantizer.scale * quantizer.quant_max).item() == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(("function", "told"), [("cummax", True), ("mul", True), ("flatten", False), ("float", False)])
+def test_what_leaves_the_grid_is_told(function, told):
+    class Own(nn.Linear):
+        def forward(self, x):
+            changed = {
+                "cummax": lambda w: w.cummax(1).values,
+                "mul": lambda w: w * 0.5,
+                "flatten": lambda w: w.flatten().view_as(w),
+                "float": lambda w: w.float(),
+            }[function](self.weight)
+            return nn.functional.linear(x, changed, self.bias)
+
+    words = calibrate(nn.Sequential(Own(4, 4)), QuantConfig(3, None, first_last_bits=None), [torch.randn(8, 4)])
+    assert any(f"by {function}, which is not on the grid" in word for word in words) == told
+
+
+def test_hooks_of_other_kinds_are_not_taken_for_norms():
+    class Hook:
+        name = "weight"
+
+        def __call__(self, module, args):
+            raise AssertionError("only a forward pass calls it")
+
+    layer = nn.Linear(4, 4)
+    layer.register_forward_pre_hook(Hook())
+    quantize_model(layer, QuantConfig(3, None, first_last_bits=None))

@@ -249,3 +249,27 @@ def test_a_result_of_kernels_may_be_changed_in_place(monkeypatch):
         gradients.append((x.grad, scale.grad))
     assert torch.equal(gradients[1][0], gradients[0][0])
     assert torch.allclose(gradients[1][1], gradients[0][1])
+
+
+@pytest.mark.parametrize(("n", "p"), [(2, 7), (-7, -2), (0, 7), (-7, 0), (-8, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_gradients_end_at_the_limits_to_the_bit(n, p, dtype):
+    limits = torch.tensor([n, p], dtype=dtype)
+    outside = torch.nextafter(limits, torch.tensor([-torch.inf, torch.inf], dtype=dtype))
+    normal = torch.tensor([-1, 1], dtype=dtype) * torch.finfo(dtype).smallest_normal
+    outside = torch.where(limits == 0, normal, outside)
+    inside = torch.nextafter(limits, torch.tensor([torch.inf, -torch.inf], dtype=dtype))
+    x = torch.cat([limits, outside, inside]).requires_grad_()
+    fake_quantize(x, torch.ones(1, dtype=dtype), n, p).sum().backward()
+    assert x.grad.tolist() == [1, 1, 0, 0, 1, 1]
+
+
+def test_zero_is_inside_an_unsigned_grid_where_denormal_numbers_are_zero():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("not on this processor")
+    try:
+        x = torch.zeros(64, requires_grad=True)
+        fake_quantize(x, torch.ones(1), 0, 15).sum().backward()
+    finally:
+        torch.set_flush_denormal(False)
+    assert x.grad.sum() == 64

@@ -61,3 +61,16 @@ def test_sqnr_by_hand():
     assert sqnr.compute().item() == pytest.approx(20.0)
     sqnr.update(torch.tensor([5.0]), torch.tensor([5.0]))
     assert sqnr.compute().item() == pytest.approx(10 * torch.log10(torch.tensor(200.0)).item())
+
+
+def test_sqnr_of_half_precision_and_of_nothing():
+    for scale in (1e-3, 300.0):
+        x = torch.randn(1000).half() * scale
+        x_q = (x / (0.3 * scale)).round() * (0.3 * scale)
+        sqnr = SQNR()
+        sqnr.update(x, x_q)
+        expected = 10 * torch.log10(x.double().square().sum() / (x.double() - x_q.double()).square().sum())
+        assert sqnr.compute().item() == pytest.approx(expected.item(), rel=1e-5)
+    nothing = SQNR()
+    nothing.update(torch.zeros(3), torch.zeros(3))
+    assert nothing.compute() == torch.inf

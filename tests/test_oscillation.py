@@ -158,3 +158,14 @@ def test_state_keeps_its_precision_and_follows_devices():
 def test_bytes_a_weight():
     state = OscillationState(torch.zeros(1000, dtype=torch.int8))
     assert sum(t.nbytes for t in state.state_dict().values()) == 11 * 1000
+
+
+def test_a_frequency_at_the_threshold_does_not_freeze():
+    state = OscillationState(torch.tensor([0], dtype=torch.int8))
+    for z in (1, 0):
+        state.update(torch.tensor([z], dtype=torch.int8), 0.125)
+    assert state.frequency.item() == 0.125
+    state.freeze(0.125)
+    assert not state.frozen.any()
+    state.freeze(0.124)
+    assert state.frozen.all()

@@ -83,3 +83,18 @@ def test_one_outlier_does_not_take_a_side_of_the_grid():
     x[0] = 1000.0
     assert 6 <= activation_grid(x, x.min().item(), x.max().item(), 4, "mse")[2] <= 9
     assert activation_grid(x, x.min().item(), x.max().item(), 4, "minmax")[2] == 1
+
+
+@pytest.mark.parametrize("outlier", [1e3, 1e5, 1e8])
+def test_percentiles_do_not_see_one_outlier(outlier):
+    torch.manual_seed(0)
+    x = torch.randn(100_000)
+    without = estimate_scale(x[None], -8, 7, "percentile")
+    x[0] = outlier
+    assert torch.allclose(estimate_scale(x[None], -8, 7, "percentile"), without, rtol=0.02)
+    assert 6 <= activation_grid(x, x.min().item(), outlier, 4, "mse")[2] <= 9
+
+
+def test_a_grid_has_an_integer_above_zero_where_there_are_positive_values():
+    x = torch.cat([-torch.rand(1000), torch.tensor([0.01])])
+    assert activation_grid(x, -1.0, 0.01, 4, "minmax") == (0, 15, 14)

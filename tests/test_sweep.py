@@ -6,7 +6,7 @@ from marks import needs_compiler
 from reference import WeightLoop, fake_quantize_equation, masked_fake_quantize
 from torch import nn
 
-from lightning_qat_osc import QuantConfig, dampening_loss, fake_quantize, functional, quantize_model, sweep
+from lightning_qat_osc import LayerRule, QuantConfig, dampening_loss, fake_quantize, functional, quantize_model, sweep
 from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.kernels import why_nothing_compiles
 from lightning_qat_osc.lookup import quantized_weights
@@ -242,3 +242,18 @@ def test_weights_that_wait_are_put_apart_once():
     sweep.advance_states(parts[:1], 0.1)
     sweep.advance_states(parts, 0.1)
     assert [w.quantizer.oscillation.frequency.data_ptr() for w in weights] == place
+
+
+def test_weights_of_other_bits_keep_their_own_grid():
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(6, 5), nn.Linear(5, 8), nn.Linear(8, 4)])
+    config = QuantConfig(2, None, first_last_bits=None, rules=[LayerRule("1", weight_bits=4)])
+    Calibrator(quantize_model(model, config), config).finish()
+    weights = quantized_weights(model)
+    for w in weights:
+        w.quantizer.start_tracking(w.weight)
+        w.weight.data.mul_(2.0)
+    sweep.advance_states(sweep.in_batches(weights), 0.1)
+    for w in weights:
+        assert torch.equal(w.quantizer.oscillation.weight_int, w.quantizer.to_int(w.weight))
+    assert weights[1].quantizer.oscillation.weight_int.abs().max() > 2

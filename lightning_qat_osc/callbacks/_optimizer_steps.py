@@ -25,6 +25,7 @@ class OptimizerStepHooks:
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._begun: set[Optimizer] = set()
+        self._running: dict[Optimizer, tuple[int, int]] = {}  # how deep in steps, and in which batch
 
     def attach(
         self, trainer: pl.Trainer, before: Callable[[Optimizer], None], after: Callable[[Optimizer], None] | None = None
@@ -45,7 +46,15 @@ class OptimizerStepHooks:
             if optimizer not in self._begun:
                 before(optimizer)
 
+        def depth(optimizer: Optimizer) -> int:
+            """Of steps within steps: a subclass that calls ``super().step()`` has torch call the hooks for both."""
+            depth, batch = self._running.get(optimizer, (0, 0))
+            return depth if batch == trainer.fit_loop.total_batch_idx else 0  # a step that raised does not come back
+
         def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._running[optimizer] = depth(optimizer) + 1, trainer.fit_loop.total_batch_idx
+            if depth(optimizer) > 1:
+                return None
             # set by a gradient scaler that leaves its work to the optimizer
             if getattr(optimizer, "found_inf", None) is not None:
                 raise MisconfigurationException(
@@ -58,7 +67,8 @@ class OptimizerStepHooks:
                 ensure_begun(optimizer)
                 return None
 
-            def closure_then_begin() -> Any:  # the gradients are made inside the step
+            def closure_then_begin() -> Any:  # the gradients are made inside the step, and maybe more than once
+                self._begun.discard(optimizer)
                 loss = closure()
                 ensure_begun(optimizer)
                 return loss
@@ -66,6 +76,9 @@ class OptimizerStepHooks:
             return args[:1] + args[2:], {**kwargs, "closure": closure_then_begin}
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._running[optimizer] = depth(optimizer) - 1, trainer.fit_loop.total_batch_idx
+            if depth(optimizer) > 0:
+                return
             self._begun.discard(optimizer)
             if after is not None:
                 after(optimizer)
@@ -86,6 +99,7 @@ class OptimizerStepHooks:
             handle.remove()
         self._handles = []
         self._begun = set()
+        self._running = {}
 
 
 def is_log_step(trainer: pl.Trainer) -> bool:
@@ -94,4 +108,5 @@ def is_log_step(trainer: pl.Trainer) -> bool:
     automatic = trainer.lightning_module.automatic_optimization
     # under manual optimization the loggers go by batches, while global_step counts the steps of all optimizers
     step = trainer.global_step if automatic else trainer.fit_loop.total_batch_idx + 1
-    return bool(every) and (step % every == 0 or trainer.is_last_batch)
+    stepped = not automatic or (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    return bool(every) and ((stepped and step % every == 0) or trainer.is_last_batch)

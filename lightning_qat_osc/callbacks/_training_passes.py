@@ -8,7 +8,7 @@ import random
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import islice
+from itertools import count, islice
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -38,7 +38,6 @@ __all__ = [
 ForwardFn = Callable[[pl.LightningModule, Any], object]
 """Takes the LightningModule and a batch on its device, and runs the network on it."""
 
-_METRIC_BOOKKEEPING = ("_update_count", "_computed", "_forward_cache")
 _SEED = 0  # the same batches at each evaluation, so that epochs differ by their weights alone
 
 
@@ -75,23 +74,30 @@ def _fixed_rng(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _working_copy(metric: Metric) -> Iterator[None]:
-    """Let a metric work on copies of its states, and put the originals back."""
-    originals = {name: getattr(metric, name) for name in (*metric.metric_state, *_METRIC_BOOKKEEPING)}
-    for name in metric.metric_state:
-        state = originals[name]
-        setattr(metric, name, state.detach().clone() if isinstance(state, Tensor) else list(state))
+    """Let a metric work on copies of its states, and put these and its other attributes back."""
+    attributes = dict(vars(metric))
+    for name, value in attributes.items():
+        if isinstance(value, Tensor):
+            vars(metric)[name] = value.detach().clone()
+        elif isinstance(value, list):
+            vars(metric)[name] = list(value)
     try:
         yield
     finally:
-        for name, value in originals.items():
-            setattr(metric, name, value)
+        vars(metric).update(attributes)
 
 
 @contextmanager
 def _restored_state(module: torch.nn.Module) -> Iterator[None]:
     """Put back modes, metrics and all buffers but batch-norm statistics, of which re-estimation takes care."""
-    statistics = {id(b) for bn in batch_norm_layers(module).values() for b in bn.buffers(recurse=False)}
-    buffers = [(b, b.clone()) for b in module.buffers() if id(b) not in statistics]
+    norms = set(batch_norm_layers(module).values())
+    buffers = [
+        (m, name, b, None if b is None else b.clone())
+        for m in module.modules()
+        if m not in norms
+        for name, b in m._buffers.items()
+    ]
+    versions = [(name, p, p._version) for name, p in module.named_parameters()]
     modes = [(m, m.training) for m in module.modules()]
     try:
         with ExitStack() as metrics:
@@ -102,8 +108,16 @@ def _restored_state(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes:
             m.training = training
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        for m, name, buffer, value in buffers:
+            m._buffers[name] = buffer  # it may have been assigned to
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+        moved = [name for name, p, version in versions if p._version != version]
+        if moved:
+            rank_zero_warn(
+                f"training_step moves {moved[0]} by itself, also when it is run on training batches to look at them: "
+                "give forward_fn, a function of the LightningModule and a batch that only runs the network."
+            )
 
 
 def eagerly() -> AbstractContextManager[Any]:
@@ -159,8 +173,10 @@ def training_pass(
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     takes_index = sum(kind in positional for kind in kinds) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
 
+    indices = count()
+
     def run_step(batch: Any) -> object:
-        return trainer.strategy.training_step(*((batch, 0) if takes_index else (batch,)))
+        return trainer.strategy.training_step(*((batch, next(indices)) if takes_index else (batch,)))
 
     return run_step
 
@@ -171,15 +187,21 @@ def _independent(loader: Any) -> Any:
     Raises:
         MisconfigurationException: If it can be iterated only once.
     """
-    if isinstance(loader, Iterator):
-        raise MisconfigurationException(
-            f"the training data is a {type(loader).__name__}, which can be iterated only once: batches taken from it "
-            "would be lost to training. Give an iterable, such as a DataLoader."
-        )
-    if not isinstance(loader, DataLoader) or not loader.persistent_workers:
+    in_workers = getattr(loader, "num_workers", 0) > 0  # each has a copy of the dataset
+    for source in (loader, None if in_workers else getattr(loader, "dataset", None)):
+        if isinstance(source, Iterator):
+            raise MisconfigurationException(
+                f"the training data is a {type(source).__name__}, which can be iterated only once: batches taken from "
+                "it would be lost to training. Give an iterable that makes an iterator of its own each time."
+            )
+    if not isinstance(loader, DataLoader):
         return copy.copy(loader)  # what it remembers of its iterator, it remembers in attributes
+    if not loader.persistent_workers:
+        independent = copy.copy(loader)
+        vars(independent).update(_own_samplers(loader))  # which may count their epochs
+        return independent
     # iterating a loader with persistent workers, or a copy of it, restarts the workers of the live iterator
-    batches: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
+    batches: dict[str, Any] = {"batch_sampler": _own_samplers(loader)["batch_sampler"]}
     if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         batches = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
     return DataLoader(
@@ -194,6 +216,20 @@ def _independent(loader: Any) -> Any:
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,
     )
+
+
+def _own_samplers(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Copies of a loader's samplers, by attribute."""
+    sampler, batch_sampler = _copied(loader.sampler), _copied(loader.batch_sampler)
+    inner = getattr(loader.batch_sampler, "sampler", None)
+    if inner is not None and batch_sampler is not loader.batch_sampler:
+        batch_sampler.sampler = sampler if inner is loader.sampler else _copied(inner)
+    return {"sampler": sampler, "batch_sampler": batch_sampler}
+
+
+def _copied(sampler: Any) -> Any:
+    # one that hands on what it does not know itself cannot be copied before it has attributes
+    return sampler if hasattr(type(sampler), "__getattr__") else copy.copy(sampler)
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

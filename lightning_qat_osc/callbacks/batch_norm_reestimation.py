@@ -68,6 +68,23 @@ class BatchNormReestimation(pl.Callback):
         require_quantization(trainer, self)
         require_one(trainer, self)
         require_averaging_before(trainer, self)
+        self._find(pl_module, stage)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look again: ``configure_model`` has made layers, and ``sync_batchnorm`` replaced them."""
+        self._find(pl_module, "fit")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look again, if there was nothing before ``configure_model``."""
+        if not self._layers:
+            self._find(pl_module, "validate")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look again, if there was nothing before ``configure_model``."""
+        if not self._layers:
+            self._find(pl_module, "test")
+
+    def _find(self, pl_module: pl.LightningModule, stage: str) -> None:
         self._layers = batch_norm_layers(pl_module)
         self._trained = {name: bn for name, bn in self._layers.items() if bn.training}
         if stage != "fit" and not self._trained:

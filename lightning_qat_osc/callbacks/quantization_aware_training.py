@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -37,7 +37,7 @@ from lightning_qat_osc.checks import check_count, check_file, check_flag, check_
 from lightning_qat_osc.config import Granularity, LayerRule, QuantConfig, config_differences
 from lightning_qat_osc.files import written_whole
 from lightning_qat_osc.kernels import why_nothing_compiles
-from lightning_qat_osc.lookup import quantized_layers, quantizers, scale_parameters
+from lightning_qat_osc.lookup import own_parameters, quantized_layers, quantizers, scale_parameters
 from lightning_qat_osc.plan import LayerPlan, format_plan, quantization_plan
 from lightning_qat_osc.ranges import RangeMethod
 from lightning_qat_osc.sharding import whole
@@ -161,8 +161,14 @@ class QuantizationAwareTraining(pl.Callback):
                 "configure_model."
             )
         self._check_other_callbacks(trainer)
+        if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.precision in ("16-true", "bf16-true"):
+            raise MisconfigurationException(
+                f"precision='{trainer.precision}' with ModelParallelStrategy puts weights of 16 bits beside scales of "
+                "32, which FSDP2 does not take in one group: use bf16-mixed, or fully_shard's mp_policy."
+            )
         if stage == "fit":
-            self._scale_updates = None
+            # a fit that failed after its checkpoint was read may have left these
+            self._scale_updates = self._saved_scale_updates = self._float_checkpoint = None
             if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not quantized_layers(pl_module):
                 rank_zero_warn(
                     "Training runs in copies of the process, and gives the latent weights back to a module without "
@@ -171,6 +177,21 @@ class QuantizationAwareTraining(pl.Callback):
                 )
         if quantizable_layers(pl_module):
             quantize_model(pl_module, self.config)
+        if stage == "fit" and isinstance(trainer.strategy, DDPStrategy):
+            self._warn_of_teachers(pl_module)
+
+    def _warn_of_teachers(self, pl_module: pl.LightningModule) -> None:
+        fixed = [
+            name
+            for name, layer in quantized_layers(pl_module).items()
+            if not any(p.requires_grad for p in own_parameters(layer))
+        ]
+        if fixed:
+            rank_zero_warn(
+                f"Layers {', '.join(fixed[:5])} have no parameter that is trained, but scales, whose gradients DDP "
+                "waits for. If they run in torch.no_grad(), as a teacher does, leave them in full precision with "
+                f"LayerRule(pattern='{fixed[0]}', weight_bits=None, activation_bits=None)."
+            )
 
     def _check_other_callbacks(self, trainer: pl.Trainer) -> None:
         """Refuse callbacks that would work on another model than the quantized one.

@@ -113,7 +113,7 @@ def remove_batch_norm(module: nn.Module, norm_name: str, layer_name: str) -> Non
     """
     norm, layer = module.get_submodule(norm_name), module.get_submodule(layer_name)
     for parent in list(module.modules()):
-        for child_name, child in parent.named_children():
+        for child_name, child in list(parent._modules.items()):  # under each of its names
             if child is norm:
                 setattr(parent, child_name, nn.Identity())
     weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")

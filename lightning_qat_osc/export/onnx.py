@@ -62,6 +62,11 @@ def export_onnx(
         raise ImportError(f'export_onnx needs {" and ".join(missing)}: pip install "lightning-qat-osc[onnx]"')
     if opset_version < 18:
         raise ValueError(f"opset_version must be at least 18, got {opset_version}")
+    projected = [name for name, m in module.named_modules() if isinstance(m, nn.LSTM) and m.proj_size > 0]
+    if projected:
+        raise RuntimeError(
+            f"torch.onnx cannot export an LSTM with proj_size, as '{projected[0]}' is: it drops the projection"
+        )
     from lightning_qat_osc.export import onnx_graph
 
     args, kwargs = call_arguments(example_input)

@@ -165,9 +165,9 @@ def load_packed(path: str | PathLike[str], module: Module) -> Module:
     }
     try:
         prepare_layers(plain, manifest["layers"])
+        set_weights(plain, weights)
         for norm, layer in manifest["folded"].items():
             remove_batch_norm(plain, norm, layer)
-        set_weights(plain, weights)
         plain.load_state_dict(state)
         quantize_inputs(plain, inputs)
     except (AttributeError, RuntimeError) as error:

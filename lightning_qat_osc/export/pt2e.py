@@ -203,8 +203,8 @@ def _folding_axis(layer: Any, weights: Mapping[str, IntegerWeight]) -> int | Non
     axis = _output_channels(layer)
     if axis is None or len(layer.users) > 1 or layer.args[1].target not in weights or len(layer.args[1].users) > 1:
         return None
-    if _is(layer, {_aten.linear.default}) and layer.meta["val"].dim() != 2:  # of [N, L, C] batch norm takes L
-        return None
+    if layer.meta["val"].dim() != layer.args[1].meta["val"].dim():
+        return None  # linear's of [N, L, C], where batch norm takes L, or a convolution's without a batch
     groups = layer.args[6] if axis == 1 and len(layer.args) > 6 else 1
     return axis if groups == 1 else None
 
@@ -226,7 +226,7 @@ def _store_integers(graph: fx.Graph, constants: dict[str, Tensor], weights: Mapp
                     dequantized = graph.call_function(_quantized.dequantize_per_tensor.default, arguments)
                 else:
                     channels = weight.values.shape[axis]
-                    constants[scale] = weight.scale.flatten().expand(channels).clone()
+                    constants[scale] = weight.scale.float().flatten().expand(channels).clone()
                     constants[zero_point] = torch.zeros(channels, dtype=torch.int64)
                     grid = (graph.create_node("get_attr", name) for name in (scale, zero_point))
                     arguments = node, *grid, axis, *limits

@@ -35,19 +35,24 @@ def convert_to_torchao(module: Module) -> Module:
 
     Raises:
         ImportError: If torchao is not installed.
-        ValueError: If no linear layer of the module has a quantized weight, or a layer cannot be converted.
+        ValueError: If no linear layer of the module has a quantized weight, a layer cannot be converted, or the module
+            is not in 32-bit floating point.
     """
     if find_spec("torchao") is None:
         raise ImportError('convert_to_torchao needs torchao: pip install "lightning-qat-osc[torchao]"')
     model = integer_model(module)
-    changed = False
+    odd = {weight.dtype for weight in model.weights.values()} - {torch.float32}
+    if odd:
+        raise ValueError(f"module must be in torch.float32, and has weights of {odd.pop()}: call module.float()")
+    made: dict[int, nn.Parameter] = {}
     for key, weight in model.weights.items():
         name, _, parameter = key.rpartition(".")
         layer = model.module.get_submodule(name)
         if isinstance(layer, nn.Linear) and parameter == "weight":
-            layer.weight = nn.Parameter(_torchao_tensor(weight), requires_grad=False)
-            changed = True
-    if not changed:
+            if id(weight) not in made:
+                made[id(weight)] = nn.Parameter(_torchao_tensor(weight), requires_grad=False)
+            layer.weight = made[id(weight)]
+    if not made:
         raise ValueError(
             f"module must have a linear layer with a quantized weight, and {type(module).__name__} has none: torchao's "
             "weight-only tensors are those of linear layers. lightning_qat_osc.export.convert takes all layers"

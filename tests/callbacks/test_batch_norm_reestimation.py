@@ -3,7 +3,7 @@ import csv
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -12,7 +12,15 @@ from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, RandomSampler
 from torchmetrics import MeanMetric
 
-from lightning_qat_osc import BatchNormReestimation, OscillationTracking, QuantizationAwareTraining, oscillation_states
+from lightning_qat_osc import (
+    BatchNormReestimation,
+    OscillationTracking,
+    QuantConfig,
+    QuantizationAwareTraining,
+    oscillation_states,
+    quantize_model,
+)
+from lightning_qat_osc.callbacks import batch_norm_reestimation
 
 
 def qat(**kwargs):
@@ -313,3 +321,41 @@ def test_without_quantization_it_says_what_is_missing():
 def test_unsuited_arguments():
     with pytest.raises(ValueError, match="num_batches must be at least 1, got 0"):
         BatchNormReestimation(num_batches=0)
+
+
+class MadeLate(ConvModule):
+    """Its layers are made in configure_model."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = False
+        for name in ("stem", "bn1", "depthwise", "bn2", "point", "head"):
+            delattr(self, name)
+
+    def configure_model(self):
+        if not self.made:
+            self.made = True
+            for name, layer in ConvModule().named_children():
+                setattr(self, name, layer)
+            quantize_model(self, QuantConfig(3, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create.*", "ignore:.*dataloader is not resumable.*")
+def test_layers_made_in_configure_model_are_found_after_a_resume_and_in_a_test(tmp_path, monkeypatch):
+    calls = []
+    reestimate = batch_norm_reestimation.reestimate_batch_norm
+    monkeypatch.setattr(
+        batch_norm_reestimation, "reestimate_batch_norm", lambda *a, **k: (calls.append(1), reestimate(*a, **k))[1]
+    )
+    saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=4)
+    kwargs = {"max_epochs": 1, "val_check_interval": 3, "num_sanity_val_steps": 0}
+    trainer([qat(), BatchNormReestimation(3), saving], enable_checkpointing=True, **kwargs).fit(MadeLate(), Data())
+    assert len(calls) == 3  # two validations and the end
+    calls.clear()
+    trainer([qat(), BatchNormReestimation(3)], **kwargs).fit(MadeLate(), Data(), ckpt_path=tmp_path / "step=4.ckpt")
+    assert len(calls) == 2
+    calls.clear()
+    trainer([qat(), BatchNormReestimation(3)]).test(
+        MadeLate(), Data(), ckpt_path=tmp_path / "step=8.ckpt", verbose=False
+    )
+    assert len(calls) == 1

@@ -198,3 +198,39 @@ def test_a_run_without_a_known_end():
 def test_unsuited_arguments(arguments, words):
     with pytest.raises(ValueError, match=words):
         IterativeFreezing(**arguments)
+
+
+def froze(**kwargs):
+    """A module with frozen weights, and how many."""
+    torch.manual_seed(0)
+    module = ConvModule(lr=0.5)
+    trainer([qat(**kwargs), freezing()], max_epochs=8).fit(module, Data())
+    return module, sum(int(s.frozen.sum()) for s in oscillation_states(module).values())
+
+
+@pytest.mark.parametrize("others", [list, lambda: [OscillationTracking(momentum=0.1)]])
+def test_frozen_weights_that_nobody_holds_are_free_and_said_to_be(others):
+    module, frozen = froze()
+    assert frozen > 0
+    with pytest.warns(UserWarning, match=f"{frozen} weights that a run before has frozen are free.*add IterativeFreez"):
+        trainer([qat(), *others()], max_epochs=1).fit(module, Data())
+    assert not any(s.frozen.any() for s in oscillation_states(module).values())
+
+
+def test_frozen_weights_of_too_many_bits_are_free():
+    module, frozen = froze(weight_bits=3)
+    assert frozen > 0
+    with (
+        pytest.warns(UserWarning, match=f"{frozen} weights that .* are free.*its max_bits=2 leaves them out: raise it"),
+        pytest.warns(UserWarning, match="nothing to track"),
+    ):
+        trainer([qat(weight_bits=3), freezing(max_bits=2)], max_epochs=1).fit(module, Data())
+    assert not any(s.frozen.any() for s in oscillation_states(module).values())
+
+
+def test_frozen_weights_that_are_held_stay_frozen():
+    module, _ = froze()
+    before = {name: s.frozen.clone() for name, s in oscillation_states(module).items()}
+    trainer([qat(), freezing()], max_epochs=1).fit(module, Data())
+    for name, state in oscillation_states(module).items():
+        assert state.frozen[before[name]].all()

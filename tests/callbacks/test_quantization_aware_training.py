@@ -492,3 +492,49 @@ def test_fused_kernels_are_chosen_at_fit_and_do_without_a_compiler(problem, monk
 def test_fused_is_a_truth_value():
     with pytest.raises(TypeError, match="fused must be True or False, got 'yes'"):
         QuantizationAwareTraining(fused="yes")
+
+
+class LateBranch(ConvModule):
+    """A layer that the first epoch does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(8, 3)
+
+    def training_step(self, batch, batch_idx):
+        x = F.relu(self.bn2(self.depthwise(F.relu(self.bn1(self.stem(batch[0]))))))
+        x = F.relu(self.point(x)).mean((2, 3))
+        return F.cross_entropy(self.head(x) + (self.extra(x) if self.current_epoch else 0.0), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*not called during calibration.*", "ignore:.*callbacks used to create.*")
+def test_an_input_that_stays_in_full_precision_does_so_after_a_resume(tmp_path):
+    torch.manual_seed(0)
+    unbroken, resumed = LateBranch(), LateBranch()
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer([qat(), saving], max_epochs=3, enable_checkpointing=True).fit(unbroken, Data())
+    trainer([qat()], max_epochs=3).fit(resumed, Data(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert not resumed.extra.input_quantizer.active
+    for key, value in unbroken.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_a_resume_that_failed_leaves_nothing_for_the_next_fit(tmp_path):
+    class Fails(ConvModule):
+        def configure_optimizers(self):
+            raise RuntimeError("no optimizers")
+
+    def state(callback):
+        torch.manual_seed(0)
+        module = ConvModule()
+        trainer([callback], max_epochs=1).fit(module, Data())
+        return module.state_dict()
+
+    t = trainer([qat()], max_epochs=1)
+    t.fit(ConvModule(), Data())
+    t.save_checkpoint(tmp_path / "one.ckpt")
+    callback = qat()
+    with pytest.raises(RuntimeError, match="no optimizers"):
+        trainer([callback], max_epochs=2).fit(Fails(), Data(), ckpt_path=tmp_path / "one.ckpt")
+    expected = state(qat())
+    assert all(torch.equal(value, expected[key]) for key, value in state(callback).items())

@@ -176,6 +176,7 @@ class Net(nn.Module):
         self.conv = nn.Conv2d(3, 3, 1, bias=False) if conv is None else conv
         self.norm = used(nn.BatchNorm2d(3)) if norm is None else norm
         self.call = call
+        self.nothing = nn.Identity()
 
     def forward(self, x):
         return self.call(self, x)
@@ -216,6 +217,8 @@ def test_what_can_be_folded(make):
         (lambda: Net(lambda n, x: n.norm(y := n.conv(x)) + y), "the output of 'conv' is used elsewhere"),
         (lambda: Net(lambda n, x: n.norm(n.conv(x)) + n.conv.weight.sum()), "weight of 'conv' is read outside"),
         (lambda: Net(lambda n, x: n.norm(n.conv(x)) + n.norm.running_mean.sum()), "running_mean of 'norm' is read"),
+        (lambda: Net(lambda n, x: n.norm(y := n.nothing(n.conv(x))) + y), "but Identity"),
+        (lambda: Net(lambda n, x: n.norm(hooked(n.nothing)(n.conv(x)))), "but Identity"),
         (lambda: Net(lambda n, x: n.norm(F.relu(n.conv(x)))), "no convolution and no linear layer, but relu"),
         (lambda: Net(lambda n, x: n.conv(n.norm(x))), "no convolution and no linear layer, but x"),
         (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)), "linear layer, but ReLU"),
@@ -314,3 +317,17 @@ def test_the_nearest_module_that_cannot_be_traced_is_named():
     kept = integer_model(model, fold_batch_norm=True).folding.kept
     assert set(kept) == {"0.norm", "1.0.norm"}
     assert kept["1.0.norm"].startswith("no traced forward calls it; '1.0' cannot be traced: TypeError: int() argument")
+
+
+def test_a_norm_of_two_names_in_one_module_is_folded_under_both():
+    class Named(Net):
+        def __init__(self):
+            super().__init__(lambda net, x: net.alias(net.conv(x)))
+            self.alias = self.norm
+
+    x = torch.randn(4, 3, 5, 5)
+    model = calibrated(Named(), x, weight_bits=8, activation_bits=None)
+    folded = convert(model, fold_batch_norm=True)
+    assert isinstance(folded.norm, nn.Identity)
+    assert isinstance(folded.alias, nn.Identity)
+    assert_close(folded(x), convert(model).double()(x.double()))

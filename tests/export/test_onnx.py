@@ -538,3 +538,49 @@ def test_the_module_is_left_as_it_is(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
     text = (tmp_path / "model.onnx").read_bytes()
     assert b".py" not in text  # no paths of source files
+
+
+@pytest.mark.parametrize("extra", ["add_bias_kv", "add_zero_attn"])
+def test_attention_with_a_row_of_its_own_has_an_open_batch(tmp_path, extra):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **{extra: True})
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    torch.manual_seed(0)
+    model = calibrated(Attends(), torch.randn(3, 5, 8), activation_bits=None)
+    export_onnx(model, tmp_path / "m.onnx", torch.randn(3, 5, 8))
+    x = torch.randn(7, 5, 8)
+    with torch.no_grad():
+        assert_close(run(tmp_path / "m.onnx", x)[0], model(x))
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_a_model_trained_in_double_precision_and_brought_to_single(tmp_path, granularity):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double()
+    model = calibrated(model, x.double(), activation_bits=None, weight_granularity=granularity).float()
+    export_onnx(model, tmp_path / "m.onnx", x)
+    with torch.no_grad():
+        assert_close(run(tmp_path / "m.onnx", x)[0], model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*LSTM with projections.*")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_lstm_with_a_projection_is_refused(tmp_path, bits):
+    class Projects(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(5, 6, batch_first=True, proj_size=3)
+
+        def forward(self, x):
+            return self.lstm(x)[0]
+
+    x = torch.randn(2, 4, 5)
+    model = calibrated(Projects(), x, weight_bits=bits, activation_bits=None)
+    with pytest.raises(RuntimeError, match="drops the projection|'lstm'"):
+        export_onnx(model, tmp_path / "m.onnx", x)

@@ -232,3 +232,16 @@ def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r'pip install "lightning-qat-osc\[packed\]"'):
         load_packed(tmp_path / "model.safetensors", ConvModule())
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_norm_folded_into_a_weight_that_was_computed(tmp_path, norm):
+    def make():
+        return nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
+
+    x = torch.randn(4, 3, 5, 5)
+    model = calibrated(make(), x, activation_bits=None)
+    save_packed(model, tmp_path / "m.safetensors", fold_batch_norm=True)
+    loaded = load_packed(tmp_path / "m.safetensors", make())
+    assert_same_model(loaded, convert(model, fold_batch_norm=True))

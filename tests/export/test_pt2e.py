@@ -166,3 +166,16 @@ def test_inductor_compiles_the_program(bits):
     with config.patch(freezing=True), torch.no_grad():
         y = torch.compile(program.module())(x)
     assert rows_that_differ(y, outputs(model, x)) <= 6
+
+
+@pytest.mark.parametrize("length", [4, 6])
+def test_a_norm_behind_a_convolution_without_a_batch_stays(length):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(length)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.2, 3)
+    x = torch.randn(3, length)  # [C, L], of which batch norm takes L for channels
+    model = calibrated(nn.Sequential(nn.Conv1d(3, 4, 1), norm), x, activation_bits=None)
+    program = export_program(model, x, dynamic_batch=False)
+    with torch.no_grad():
+        assert torch.allclose(program.module()(x), model(x), atol=1e-6)

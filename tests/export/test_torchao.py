@@ -71,3 +71,13 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr("lightning_qat_osc.export.torchao.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"lightning-qat-osc\[torchao\]"):
         convert_to_torchao(nn.Linear(2, 2))
+
+
+def test_other_precisions_are_refused_and_shared_weights_stay_shared():
+    model = calibrated(nn.Sequential(nn.Linear(8, 8)).bfloat16(), torch.randn(4, 8).bfloat16(), activation_bits=None)
+    with pytest.raises(ValueError, match="module must be in torch.float32, and has weights of torch.bfloat16"):
+        convert_to_torchao(model)
+    tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    tied[1].weight = tied[0].weight
+    converted = convert_to_torchao(calibrated(tied, torch.randn(4, 8), activation_bits=None))
+    assert converted[0].weight is converted[1].weight

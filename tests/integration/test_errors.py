@@ -1,12 +1,14 @@
 """What cannot be meant is refused before a step is trained, with the argument, the rule and the value."""
 
 import re
+import tempfile
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import ConvModule, Data, dataset, loader, trainer
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_qat_osc import (
@@ -93,6 +95,8 @@ def choice(*names):
 
 
 RANGES = choice("mse", "minmax", "percentile", "lsq")
+FLAGS = [(value, TypeError, f"must be True or False, got {value!r}") for value in ("yes", 1, None)]
+FUNCTIONS = [(value, TypeError, f"must be a function, got {value!r}") for value in ("f", 3)]
 ARGUMENTS = {
     (QuantizationAwareTraining, "weight_bits"): BITS,
     (QuantizationAwareTraining, "activation_bits"): BITS,
@@ -102,6 +106,14 @@ ARGUMENTS = {
     (QuantizationAwareTraining, "activation_range"): RANGES,
     (QuantizationAwareTraining, "calibration_batches"): COUNTS,
     (QuantizationAwareTraining, "scale_learning_rate"): numbers("[0, inf)", -1e-3),
+    (QuantizationAwareTraining, "fused"): FLAGS,
+    (QuantizationAwareTraining, "recompute"): FLAGS,
+    (QuantizationAwareTraining, "print_plan"): FLAGS,
+    (QuantizationAwareTraining, "plan_path"): [
+        (5, TypeError, "must be the path of a file, got 5"),
+        (tempfile.gettempdir(), ValueError, "must be the path of a file, and .* is a folder"),
+    ],
+    (QuantizationAwareTraining, "forward_fn"): FUNCTIONS,
     (QuantConfig, "weight_bits"): BITS,
     (QuantConfig, "weight_range"): RANGES,
     (OscillationTracking, "momentum"): numbers("(0, 1]", 0.0, -0.1, 1.5),
@@ -120,6 +132,8 @@ ARGUMENTS = {
     (IterativeFreezing, "momentum"): numbers("(0, 1]", 0.0, -0.1, 1.5),
     (IterativeFreezing, "max_bits"): BITS,
     (BatchNormReestimation, "num_batches"): COUNTS,
+    (BatchNormReestimation, "log_divergence"): FLAGS,
+    (BatchNormReestimation, "forward_fn"): FUNCTIONS,
 }
 
 
@@ -136,6 +150,19 @@ def test_bits_of_a_rule_are_held_to_the_same(name):
         if value != "default":
             with pytest.raises(error, match=rf"^LayerRule\.{name} {words}"):
                 LayerRule("head", **{name: value})
+
+
+def test_a_rule_names_layers_and_types_by_strings():
+    with pytest.raises(TypeError, match=r"^LayerRule\.pattern must be a string, got 3"):
+        LayerRule(3, weight_bits=4)
+    with pytest.raises(TypeError, match=r"^LayerRule\.layer_type must be a string, .*, of which the name is 'Conv2d'"):
+        LayerRule(layer_type=nn.Conv2d, weight_bits=4)
+
+
+def test_a_rule_for_inputs_that_are_indices():
+    words = r"^LayerRule\(layer_type='Embedding'\) sets activation_bits of Embedding alone, whose input is indices"
+    with pytest.raises(ValueError, match=words):
+        quantize_model(nn.Embedding(3, 4), QuantConfig(rules=[LayerRule(layer_type="Embedding", activation_bits=4)]))
 
 
 def test_what_can_be_meant_is_taken():
@@ -155,6 +182,7 @@ def test_what_can_be_meant_is_taken():
             r"rules must be LayerRule objects, got \{'pattern': 'head'",
         ),
         (["head"], TypeError, "rules must be LayerRule objects, got 'head'"),
+        (LayerRule("head", weight_bits=4), TypeError, "rules must be a list of LayerRule objects"),
     ],
 )
 def test_a_rule_that_is_none(rules, error, words):
@@ -232,6 +260,21 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_without_quantization_there_is_nothing_to_do(name):
     refused(rf"{name} needs quantized weights: add QuantizationAwareTraining", [OTHERS[name]()])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_one_of_a_kind(name):
+    words = f"the Trainer's callbacks must have one {name} at most, got 2"
+    refused(words, [qat(), OTHERS[name](), OTHERS[name]()])
+
+
+@pytest.mark.parametrize(("bits", "word"), [(8, "the least is 8"), (None, "none is quantized")])
+@pytest.mark.parametrize("verb", ["track", "freeze", "dampen"])
+def test_nothing_that_oscillates(bits, word, verb):
+    other = {"track": OscillationTracking(), "freeze": IterativeFreezing(0.5), "dampen": OscillationDampening()}[verb]
+    said = f"No weight is quantized to max_bits=4 or fewer .{word}.*: there is nothing to "
+    with pytest.warns(UserWarning, match=said):
+        trainer([qat(weight_bits=bits), other], max_steps=1).fit(ConvModule(), Data())
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -1,0 +1,129 @@
+"""One step of an optimizer is one step of scales and oscillations, however it is written."""
+
+import pytest
+import torch
+from models import ConvModule, Data, trainer
+from torch.nn import functional as F
+
+from lightning_qat_osc import IterativeFreezing, OscillationTracking, QuantizationAwareTraining, oscillation_states
+from lightning_qat_osc.callbacks import oscillation_tracking
+from lightning_qat_osc.lookup import scale_parameters
+
+
+def callbacks(**kwargs):
+    return [
+        QuantizationAwareTraining(2, 3, first_last_bits=None, **kwargs),
+        OscillationTracking(0.1),
+        IterativeFreezing(0.3),
+    ]
+
+
+class OwnAdamW(torch.optim.AdamW):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Raising(OwnAdamW):
+    """Raises in one step, before anything has moved."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        if self.steps == 3:
+            raise FloatingPointError
+        return super().step(closure)
+
+
+class Chosen(ConvModule):
+    def __init__(self, kind, manual=False):
+        super().__init__()
+        self.kind = kind
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch, batch_idx):
+        if self.automatic_optimization:
+            return super().training_step(batch, batch_idx)
+        optimizer = self.optimizers(use_pl_optimizer=False)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(loss)
+            return loss
+
+        try:
+            optimizer.step(closure)
+        except FloatingPointError:
+            optimizer.zero_grad()
+        return None
+
+    def configure_optimizers(self):
+        return self.kind(self.parameters(), lr=0.05)
+
+
+def trained(kind, manual=False, **kwargs):
+    if manual:
+        kwargs["forward_fn"] = lambda module, batch: module(batch[0])
+    torch.manual_seed(0)
+    module = Chosen(kind, manual)
+    trainer(callbacks(**kwargs), max_epochs=3).fit(module, Data())
+    return module
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_step_that_calls_the_one_it_inherits_is_one(manual):
+    own, plain = trained(OwnAdamW, manual), trained(torch.optim.AdamW, manual)
+    assert sum(s.frequency.sum() for s in oscillation_states(plain).values()) > 0
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, own.state_dict()[key]), key
+
+
+def test_a_step_that_raised_does_not_hide_those_after_it():
+    module = trained(Raising, manual=True)
+    assert sum(s.frequency.sum() for s in oscillation_states(module).values()) > 0
+
+
+class TwoGradients(torch.optim.Optimizer):
+    """Evaluates its closure twice, as SAM does."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure):
+        with torch.enable_grad():
+            closure()
+            loss = closure()
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+        return loss
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_an_optimizer_that_evaluates_twice_leaves_the_scales_alone(manual):
+    module, start = trained(TwoGradients, manual, scale_learning_rate=0.0), trained(TwoGradients, manual)
+    assert any(not torch.equal(a, b) for a, b in zip(scale_parameters(module), scale_parameters(start)))
+    for q in module.modules():
+        if hasattr(q, "calibrate") and q.calibrated:
+            again = type(q).__name__
+            assert q.scale.grad is None, again
+    torch.manual_seed(0)
+    fresh = Chosen(TwoGradients, manual)
+    kwargs = {"forward_fn": lambda module, batch: module(batch[0])} if manual else {}
+    trainer(callbacks(scale_learning_rate=0.0, **kwargs), max_steps=1).fit(fresh, Data())
+    for a, b in zip(scale_parameters(module), scale_parameters(fresh)):
+        assert torch.equal(a, b)
+
+
+def test_figures_are_computed_once_a_step_under_accumulation(monkeypatch):
+    calls = []
+    log = oscillation_tracking.OscillationTracking._log
+    monkeypatch.setattr(
+        oscillation_tracking.OscillationTracking,
+        "_log",
+        lambda self, module, on_step: (calls.append(on_step), log(self, module, on_step=on_step)),
+    )
+    trainer(callbacks(), max_epochs=1, accumulate_grad_batches=4, log_every_n_steps=1).fit(ConvModule(), Data())
+    assert calls.count(True) == 2  # of 8 batches

@@ -1,0 +1,152 @@
+"""Passes over training batches leave no trace in training."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import ConvModule, Data, dataset, loader, trainer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torchmetrics import MeanMetric, MinMaxMetric
+
+from lightning_qat_osc import BatchNormReestimation, QuantizationAwareTraining
+
+
+def callbacks():
+    return [QuantizationAwareTraining(3, 3), BatchNormReestimation(3)]
+
+
+class Assigns(ConvModule):
+    """Sets buffers and a wrapped metric anew, where others change theirs in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(3))
+        self.register_buffer("late", None)
+        self.extremes = MinMaxMetric(MeanMetric())
+
+    def training_step(self, batch, batch_idx):
+        out = self(batch[0])
+        self.center = 0.9 * self.center + 0.1 * out.detach().mean(0)
+        self.late = torch.ones(1) if self.late is None else self.late + 1
+        self.extremes(out.detach().mean())
+        return F.cross_entropy(out, batch[1])
+
+
+class Looks(L.Callback):
+    """What a module has before its first step, and around each validation."""
+
+    def __init__(self):
+        self.first, self.before, self.after = None, [], []
+
+    def seen(self, module):
+        return [None if t is None else t.clone() for t in (module.center, module.late, module.extremes.max_val)]
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.first is None:
+            self.first = self.seen(pl_module)
+        if batch_idx == 4:
+            self.after.append(self.seen(pl_module))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 3:
+            self.before.append(self.seen(pl_module))
+
+
+def test_what_a_training_step_assigns_is_put_back():
+    looks = Looks()
+    trainer([looks, *callbacks(), looks], val_check_interval=4, num_sanity_val_steps=0).fit(Assigns(), Data())
+    assert torch.equal(looks.first[0], torch.zeros(3))
+    assert looks.first[1] is None
+    assert looks.first[2] == -torch.inf
+    assert len(looks.before) == 4
+    for before, after in zip(looks.before, looks.after):
+        assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_a_training_step_that_moves_parameters_by_itself_is_told():
+    class Momentum(ConvModule):
+        def __init__(self):
+            super().__init__()
+            self.target = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+        def training_step(self, batch, batch_idx):
+            self.target.lerp_(torch.ones(3), 0.1)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="training_step moves target by itself"):
+        trainer([QuantizationAwareTraining(3, 3)], max_steps=1).fit(Momentum(), Data())
+
+
+def test_each_batch_of_a_pass_has_its_index():
+    class Alternates(ConvModule):
+        def __init__(self):
+            super().__init__()
+            self.second = nn.Linear(8, 3)
+
+        def training_step(self, batch, batch_idx):
+            x = F.relu(self.bn1(self.stem(batch[0])))
+            x = F.relu(self.point(F.relu(self.bn2(self.depthwise(x))))).mean((2, 3))
+            return F.cross_entropy((self.second if batch_idx % 2 else self.head)(x), batch[1])
+
+    module = Alternates()
+    trainer([QuantizationAwareTraining(3, 3)], max_steps=2).fit(module, Data())
+    assert module.second.input_quantizer.calibrated
+    assert module.head.input_quantizer.calibrated
+
+
+class Epochs(Sampler):
+    """A permutation for each epoch, which it counts itself."""
+
+    def __init__(self):
+        self.epoch = -1
+
+    def __iter__(self):
+        self.epoch += 1
+        yield from torch.randperm(64, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+
+    def __len__(self):
+        return 64
+
+
+class Seen(ConvModule):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.seen.append(batch[0][0, 0, 0, 0].item())
+
+
+@pytest.mark.parametrize(
+    "own", [lambda s: {"sampler": s, "batch_size": 8}, lambda s: {"batch_sampler": BatchSampler(s, 8, False)}]
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sampler_that_counts_its_epochs_goes_on_as_without_passes(own, workers):
+    runs = []
+    for added in ([], callbacks()):
+        torch.manual_seed(0)
+        kwargs = {"num_workers": workers, "persistent_workers": workers > 0}
+        module = Seen()
+        trainer(added, max_epochs=2, num_sanity_val_steps=0).fit(
+            module, DataLoader(dataset(), **own(Epochs()), **kwargs), loader(32, 16)
+        )
+        runs.append(module.seen)
+    assert len(runs[0]) == 16
+    assert runs[0] == runs[1]
+
+
+def test_a_dataset_that_can_be_iterated_once_is_refused():
+    class Stream(IterableDataset):
+        def __init__(self):
+            self.items = iter(dataset())
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return next(self.items)
+
+    with pytest.raises(MisconfigurationException, match="the training data is a Stream, which can be iterated only"):
+        trainer(callbacks(), max_steps=1).fit(ConvModule(), DataLoader(Stream(), 8))
