@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 from digits import SeparableNet, digits
 from lightning.pytorch.cli import LightningCLI
@@ -42,25 +40,5 @@ class DigitsModule(L.LightningModule):
         )
 
 
-class DigitsData(L.LightningDataModule):
-    """scikit-learn's handwritten digits.
-
-    Args:
-        batch_size: Images a step.
-    """
-
-    def __init__(self, batch_size: int = 64) -> None:
-        super().__init__()
-        self.images = digits(batch_size)
-
-    def train_dataloader(self) -> Any:
-        """Shuffled batches."""
-        return self.images.train_dataloader()
-
-    def val_dataloader(self) -> Any:
-        """Batches in order."""
-        return self.images.val_dataloader()
-
-
 if __name__ == "__main__":
-    LightningCLI(DigitsModule, DigitsData)
+    LightningCLI(DigitsModule, digits)

@@ -371,6 +371,20 @@ class QuantizedLayer(nn.Module):
         finally:
             self.__dict__["_flat_weights"] = latent
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *keys_and_errors: list[str]
+    ) -> None:
+        """Load the layer, and name what the state quantizes and this layer leaves in full precision."""
+        self.float_class._load_from_state_dict(self, state_dict, prefix, metadata, strict, *keys_and_errors)
+        for key in state_dict if strict else ():
+            child = key.removeprefix(prefix).removesuffix(".grid")
+            if key == f"{prefix}{child}.grid" and "." not in child and child not in self._modules:
+                what = child.removesuffix("_quantizer")
+                keys_and_errors[-1].append(
+                    f"layer '{prefix.rstrip('.')}' is of another quantization: its {what} has bits in the state, and "
+                    "None here"
+                )
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by the layer's own class: the quantized one is made at run time."""
         state = cast(tuple[Any, ...], super().__reduce_ex__(max(protocol, 2)))[2]
@@ -442,6 +456,7 @@ def _make_class(layer_class: Any) -> type[nn.Module]:
         "__module__": layer_class.__module__,
         "__doc__": layer_class.__doc__,
         "__reduce_ex__": QuantizedLayer.__reduce_ex__,
+        "_load_from_state_dict": QuantizedLayer._load_from_state_dict,
         "float_class": layer_class,
         "float_forward": bases[0].forward,
         "forward": QuantizedLayer.forward,

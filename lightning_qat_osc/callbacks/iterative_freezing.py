@@ -44,8 +44,9 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
             threshold holds from the first step.
         momentum: Weight of the new value in the moving averages, in (0, 1]. None: that of OscillationTracking if it is
             in the list, else 0.01. One oscillation lifts a frequency of 0 to the momentum, so a threshold below twice
-            the momentum freezes weights that have oscillated once or twice: there is a warning. One that begins below
-            the momentum itself freezes every weight at its first oscillation, and is refused.
+            the momentum freezes weights that have oscillated once or twice: there is a warning, but for a
+            ``final_threshold`` of at least the momentum, as the paper's. One that begins below the momentum itself
+            freezes every weight at its first oscillation, and is refused.
         max_bits: Only weights of at most this many bits are frozen.
 
     Raises:
@@ -88,7 +89,7 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
                 "threshold, or lower the momentum to average over more steps."
             )
         lowest = min(self.threshold, self.final_threshold)
-        if lowest < 2.0 * self._momentum:
+        if self.threshold < 2.0 * self._momentum or lowest < self._momentum:
             rank_zero_warn(
                 f"IterativeFreezing's lowest threshold {lowest} is below twice the momentum {self._momentum}: one "
                 "oscillation lifts a frequency of 0 to the momentum, so a weight freezes after one or two of them, "

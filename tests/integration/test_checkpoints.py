@@ -183,6 +183,23 @@ def test_other_bits_or_rules_are_refused_with_what_differs(runs, change, full, w
         trainer(callbacks(**change)).test(ConvModule(), Data(), ckpt_path=folder / "weights.ckpt")
 
 
+@pytest.mark.parametrize(("bits", "what"), [((2, None), "input"), ((None, 3), "weight")])
+def test_bits_that_became_none_are_refused_with_the_layer(runs, bits, what):
+    folder, _ = runs
+    words = f"layer 'depthwise' is of another quantization: its {what} has bits in the state, and None here"
+    with pytest.raises(RuntimeError, match=words):
+        trainer([QuantizationAwareTraining(*bits)]).fit(ConvModule(), Data(), ckpt_path=folder / "full.ckpt")
+
+
+@pytest.mark.parametrize("name", ["full.ckpt", "weights.ckpt"])
+def test_load_quantized_refuses_a_configuration_of_other_bits(runs, name):
+    folder, _ = runs
+    with pytest.raises(
+        ValueError, match="config is of another quantization than .*weight of layer 'depthwise' has 2 bits"
+    ):
+        load_quantized(ConvModule, folder / name, QuantConfig(4, 3))
+
+
 def test_another_granularity_is_refused(runs):
     folder, _ = runs
     with pytest.raises(RuntimeError, match="size mismatch for stem.weight_quantizer.scale"):

@@ -229,14 +229,15 @@ def test_a_threshold_that_begins_below_the_momentum_is_refused(threshold, final,
     refused(rf"threshold must be at least the momentum, 0\.1, got {threshold}", callbacks)
 
 
-@pytest.mark.parametrize(("threshold", "final"), [(0.1, None), (0.15, None), (0.3, 0.15), (0.12, 0.05)])
+@pytest.mark.parametrize(("threshold", "final"), [(0.1, None), (0.15, None), (0.3, 0.05), (0.12, 0.05)])
 def test_one_below_twice_the_momentum_is_warned_of(threshold, final):
     with pytest.warns(UserWarning, match="below twice the momentum 0.1"):
         trainer(both(threshold, final), max_steps=1).fit(ConvModule(), Data())
 
 
-def test_one_above_twice_the_momentum_is_not():
-    trainer(both(0.21), max_steps=1).fit(ConvModule(), Data())
+@pytest.mark.parametrize(("threshold", "final"), [(0.21, None), (0.4, 0.1)])  # the paper's 0.04 and 0.01, momentum 0.01
+def test_one_above_twice_the_momentum_is_not(threshold, final):
+    trainer(both(threshold, final), max_steps=1).fit(ConvModule(), Data())
 
 
 def test_evaluation_does_not_mind_the_threshold():

@@ -8,13 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from marks import needs_compiler
 from models import ConvModule, Data, trainer
+from torch import nn
 
-from lightning_qat_osc import QuantizationAwareTraining, load_quantized, oscillation_states
+from lightning_qat_osc import LayerRule, QuantizationAwareTraining, load_quantized, oscillation_states
 from lightning_qat_osc.lookup import quantized_layers
 
 SCRIPT = Path(__file__).parent / "distributed_script.py"
@@ -200,6 +202,42 @@ def test_flat_parameters_are_refused(process_group_of_its_own):
     t = trainer([QuantizationAwareTraining()], strategy=OnCPU(process_group_backend="gloo"))
     with pytest.raises(MisconfigurationException, match="OnCPU keeps.*use ModelParallelStrategy"):
         t.fit(ConvModule(), Data())
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_sixteen_bits_beside_scales_of_32_are_refused(precision):
+    callback = QuantizationAwareTraining()
+    stand_in = SimpleNamespace(strategy=ModelParallelStrategy(), precision=precision, callbacks=[callback])
+    with pytest.raises(MisconfigurationException, match=f"precision='{precision}' with ModelParallelStrategy"):
+        callback.setup(stand_in, ConvModule(), "fit")
+
+
+class Distilled(ConvModule):
+    """A student beside a teacher that is only asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            target = self.teacher(batch[0])
+        return nn.functional.mse_loss(self(batch[0]), target)
+
+
+@pytest.mark.filterwarnings("ignore:.*sync_dist=True.*")
+def test_a_teacher_is_told_of(process_group_of_its_own):
+    def fit(*rules):
+        strategy = DDPStrategy(process_group_backend="gloo")
+        t = trainer([QuantizationAwareTraining(rules=rules)], strategy=strategy, max_steps=3, limit_val_batches=0)
+        t.fit(Distilled(), Data())
+
+    with (
+        pytest.warns(UserWarning, match=r"Layers teacher\.1 have no parameter .*LayerRule\(pattern='teacher\.1'"),
+        pytest.raises(RuntimeError, match="not used in producing the loss"),
+    ):
+        fit()
+    fit(LayerRule("teacher.1", weight_bits=None, activation_bits=None))
 
 
 def test_deepspeed_is_refused():
