@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from lightning_qat_osc import batch_norm_divergence, reestimate_batch_norm
+from lightning_qat_osc.batch_norm import _Moments
 
 
 @pytest.mark.parametrize("sizes", [[64], [32, 32], [40, 20, 4], [2, 62], [1, 63]])
@@ -127,3 +128,12 @@ def test_a_batch_of_nothing_counts_for_nothing():
     reestimate_batch_norm(bn, [x[:0], x[:4], x[:0], x[4:]])
     assert torch.allclose(bn.running_mean, x.mean(0), atol=1e-6)
     assert torch.allclose(bn.running_var, x.var(0))
+
+
+def test_who_has_seen_nothing_yet_takes_what_others_have():
+    x = torch.randn(6, 3, dtype=torch.float64)
+    moments = _Moments(torch.zeros(3))
+    moments.merge(0.0, torch.zeros(3), torch.zeros(3))  # a rank whose batches did not reach the layer
+    moments.merge(6.0, x.mean(0), (x - x.mean(0)).square().sum(0))
+    assert torch.allclose(moments.mean, x.mean(0))
+    assert torch.allclose(moments.variance, x.var(0))

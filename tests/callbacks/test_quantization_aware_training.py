@@ -538,3 +538,26 @@ def test_a_resume_that_failed_leaves_nothing_for_the_next_fit(tmp_path):
         trainer([callback], max_epochs=2).fit(Fails(), Data(), ckpt_path=tmp_path / "one.ckpt")
     expected = state(qat())
     assert all(torch.equal(value, expected[key]) for key, value in state(callback).items())
+
+
+def test_a_scale_without_a_gradient_in_a_step_stays_where_it_is():
+    class Alternates(ConvModule):
+        def __init__(self):
+            super().__init__()
+            self.second = nn.Linear(8, 3)
+            self.scales = []
+
+        def training_step(self, batch, batch_idx):
+            x = F.relu(self.bn2(self.depthwise(F.relu(self.bn1(self.stem(batch[0]))))))
+            x = F.relu(self.point(x)).mean((2, 3))
+            return F.cross_entropy((self.second if batch_idx % 2 else self.head)(x), batch[1])
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.scales.append((self.second.weight_quantizer.scale.item(), self.head.weight_quantizer.scale.item()))
+
+    module = Alternates()
+    trainer([qat(scale_learning_rate=0.01)], max_epochs=1).fit(module, Data())
+    for i, (before, after) in enumerate(zip(module.scales, module.scales[1:]), start=1):
+        moved, still = (0, 1) if i % 2 else (1, 0)
+        assert before[moved] != after[moved]
+        assert before[still] == after[still]
