@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 __all__ = ["SMALL", "compiled", "in_one_order", "joined_copy", "memory", "number", "parted", "why_nothing_compiles"]
 
@@ -79,9 +80,9 @@ def memory(x: Tensor, *shape: int) -> Tensor:
 
 def joined_copy(tensors: Sequence[Tensor]) -> Tensor:
     """The elements of several tensors of one dtype, one tensor behind the other."""
-    return torch.cat([t.reshape(-1) for t in tensors])
+    return cast(Tensor, _flatten_dense_tensors(tensors))  # type: ignore[no-untyped-call]
 
 
 def parted(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
     """Views of joined elements, in the shapes of the tensors that they come from."""
-    return [part.view(t.shape) for part, t in zip(torch.split(joined, [t.numel() for t in like]), like)]
+    return cast(Sequence[Tensor], _unflatten_dense_tensors(joined, like))  # type: ignore[no-untyped-call]
