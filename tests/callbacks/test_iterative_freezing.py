@@ -171,7 +171,7 @@ def test_frozen_weights_hold_under_an_averaged_model():
 
 def test_a_threshold_below_twice_the_momentum_is_explained():
     with pytest.warns(UserWarning, match=r"0\.015 is below twice the momentum 0\.01: one oscillation"):
-        trainer([qat(), IterativeFreezing(0.04, 0.015)], max_steps=1).fit(ConvModule(), Data())
+        trainer([qat(), IterativeFreezing(0.015)], max_steps=1).fit(ConvModule(), Data())
 
 
 def test_without_quantization_it_says_what_is_missing():
