@@ -94,7 +94,8 @@ class _WatchesWeights(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.is_floating_point() and out.dim() > 0:
+        outputs = out if isinstance(out, (tuple, list)) else (out,)
+        if any(isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0 for x in outputs):
             function = getattr(func, "__name__", str(func))
             if self._running:
                 name, layer = self._running[-1]

@@ -149,4 +149,4 @@ def test_a_dataset_that_can_be_iterated_once_is_refused():
             return next(self.items)
 
     with pytest.raises(MisconfigurationException, match="the training data is a Stream, which can be iterated only"):
-        trainer(callbacks(), max_steps=1).fit(ConvModule(), DataLoader(Stream(), 8))
+        trainer(callbacks(), max_steps=1).fit(ConvModule(), DataLoader(Stream(), 8), loader(32, 16))
