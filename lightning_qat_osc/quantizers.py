@@ -378,7 +378,7 @@ class QuantizedLayer(nn.Module):
         self.float_class._load_from_state_dict(self, state_dict, prefix, metadata, strict, *keys_and_errors)
         for key in state_dict if strict else ():
             child = key.removeprefix(prefix).removesuffix(".grid")
-            if key == f"{prefix}{child}.grid" and "." not in child and child not in self._modules:
+            if child.endswith("_quantizer") and "." not in child and child not in self._modules:
                 what = child.removesuffix("_quantizer")
                 keys_and_errors[-1].append(
                     f"layer '{prefix.rstrip('.')}' is of another quantization: its {what} has bits in the state, and "

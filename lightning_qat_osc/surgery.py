@@ -46,10 +46,10 @@ def _describe(rule: LayerRule) -> str:
 
 
 def _check_rules_match(rules: Sequence[LayerRule], layers: dict[str, nn.Module]) -> None:
-    """A rule that matches no layer is a typing error: say so and list what was near; nor is one without effect meant.
+    """Refuse rules that match no layer, which are typing errors, and those that can have no effect.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If there is one; the message lists names that are near, or says why.
     """
     for rule in rules:
         matching = [layer for name, layer in layers.items() if rule.matches(name, type(layer))]
