@@ -52,11 +52,21 @@ def _where_inside(values: Tensor, v: Tensor, n: Limit, p: Limit) -> Tensor:
 
 @cache
 def _just_outside(n: int, p: int, dtype: torch.dtype) -> tuple[float, float]:
-    """The normal floating-point numbers next to the limits of a grid: a CPU may be set to take others for 0."""
-    limits, away = torch.tensor([[n, p], [-math.inf, math.inf]], dtype=dtype)
-    below, above = torch.nextafter(limits, away).tolist()
-    tiny = torch.finfo(dtype).smallest_normal
-    return min(below, -tiny) if n == 0 else below, max(above, tiny) if p == 0 else above
+    """The floating-point numbers next to the limits of a grid."""
+    return _neighbour(n, -1.0, dtype), _neighbour(p, 1.0, dtype)
+
+
+def _neighbour(limit: int, sign: float, dtype: torch.dtype) -> float:
+    """The normal floating-point number next to a limit in the direction of a sign: CPUs may take others for 0.
+
+    In Python, where no default device, fake tensor or transform is in the way of a number.
+    """
+    info = torch.finfo(dtype)
+    if limit == 0:
+        return sign * info.smallest_normal
+    mantissa, exponent = math.frexp(limit)
+    closer = mantissa == -0.5 * sign  # below a power of two they are half as far apart
+    return limit + sign * math.ldexp(info.eps, exponent - 1 - closer)
 
 
 def _quantize_dequantize(x: Tensor, scale: Tensor, n: Limit, p: Limit) -> Tensor:

@@ -23,12 +23,15 @@ def release_frozen_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -
     """Let go of the weights that a run before has frozen and that no callback of this one holds, and say so."""
     holding = [c for c in trainer.callbacks if isinstance(c, HoldsFrozenWeights)]  # type: ignore[attr-defined]
     max_bits = max((c.max_bits for c in holding), default=0)
-    released = 0
-    for _, _, quantizer in weights_with_quantizers(pl_module):
-        if quantizer.oscillation is not None and not is_quantized(quantizer, max_bits):
-            released += int(whole(quantizer.oscillation.frozen.sum()))
-            quantizer.oscillation.frozen.zero_()
+    frozen = [
+        q.oscillation.frozen
+        for _, _, q in weights_with_quantizers(pl_module)
+        if q.oscillation is not None and not is_quantized(q, max_bits)
+    ]
+    released = int(torch.stack([whole(mask.sum()) for mask in frozen]).sum()) if frozen else 0
     if released:
+        for mask in frozen:
+            mask.zero_()
         what = f"its max_bits={max_bits} leaves them out: raise it" if holding else "add IterativeFreezing"
         rank_zero_warn(
             f"{released} weights that a run before has frozen are free again, because no IterativeFreezing holds them. "

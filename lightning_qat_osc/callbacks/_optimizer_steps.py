@@ -46,14 +46,16 @@ class OptimizerStepHooks:
             if optimizer not in self._begun:
                 before(optimizer)
 
-        def depth(optimizer: Optimizer) -> int:
-            """Of steps within steps: a subclass that calls ``super().step()`` has torch call the hooks for both."""
-            depth, batch = self._running.get(optimizer, (0, 0))
-            return depth if batch == trainer.fit_loop.total_batch_idx else 0  # a step that raised does not come back
+        def deeper(optimizer: Optimizer, by: int) -> int:
+            """Count steps within steps: for a subclass that calls ``super().step()`` torch calls the hooks twice."""
+            batch = trainer.fit_loop.total_batch_idx
+            depth, counted_in = self._running.get(optimizer, (0, batch))
+            depth = by if counted_in != batch else depth + by  # a step that raised, batches ago, has not ended
+            self._running[optimizer] = depth, batch
+            return depth
 
         def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._running[optimizer] = depth(optimizer) + 1, trainer.fit_loop.total_batch_idx
-            if depth(optimizer) > 1:
+            if deeper(optimizer, by=1) > 1:
                 return None
             # set by a gradient scaler that leaves its work to the optimizer
             if getattr(optimizer, "found_inf", None) is not None:
@@ -76,8 +78,7 @@ class OptimizerStepHooks:
             return args[:1] + args[2:], {**kwargs, "closure": closure_then_begin}
 
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._running[optimizer] = depth(optimizer) - 1, trainer.fit_loop.total_batch_idx
-            if depth(optimizer) > 0:
+            if deeper(optimizer, by=-1) > 0:
                 return
             self._begun.discard(optimizer)
             if after is not None:
