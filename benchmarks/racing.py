@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,25 +17,27 @@ class Result:
 
     Attributes:
         name: Of the contender.
-        median: Median time in seconds.
-        low: The fastest.
-        high: The slowest.
-        ratio: Median of the ratios to the first contender's time in the same round.
+        times: Seconds, one for each round.
     """
 
     name: str
-    median: float
-    low: float
-    high: float
-    ratio: float
+    times: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        """Median time in seconds."""
+        return statistics.median(self.times)
+
+    def ratio(self, other: Result) -> float:
+        """Median of the ratios to another contender's time in the same round."""
+        return statistics.median(a / b for a, b in zip(self.times, other.times))
 
 
 def race(contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> list[Result]:
     """Let contenders take turns.
 
     Args:
-        contenders: Name -> a function that does the work once and returns the seconds that count. The first is what
-            the others are compared with.
+        contenders: Name -> a function that does the work once and returns the seconds that count.
         rounds: Rounds that count.
         warmup: Rounds before them that do not.
     """
@@ -45,11 +47,7 @@ def race(contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int
             seconds = contender()
             if i >= warmup:
                 times[name].append(seconds)
-    first = next(iter(times.values()))
-    return [
-        Result(name, statistics.median(t), min(t), max(t), statistics.median(a / b for a, b in zip(t, first)))
-        for name, t in times.items()
-    ]
+    return [Result(name, t) for name, t in times.items()]
 
 
 def timed(function: Callable[[], object]) -> Callable[[], float]:
@@ -70,11 +68,12 @@ def machine() -> str:
 
 
 def table(title: str, results: list[Result], unit: float = 1e-3) -> str:
-    """A Markdown table of a race: median, spread and ratio."""
+    """A Markdown table of a race: median, spread and ratio to the first contender."""
     name = {1e-3: "ms", 1.0: "s"}[unit]
     lines = [f"| {title} | median {name} | fastest to slowest | ratio |", "|---|---|---|---|"]
     lines += [
-        f"| {r.name} | {r.median / unit:.1f} | {r.low / unit:.1f} to {r.high / unit:.1f} | {r.ratio:.2f} |"
+        f"| {r.name} | {r.median / unit:.1f} | {min(r.times) / unit:.1f} to {max(r.times) / unit:.1f} "
+        f"| {r.ratio(results[0]):.2f} |"
         for r in results
     ]
     return "\n".join(lines)

@@ -6,12 +6,9 @@
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from typing import get_args
 
-import torch
+from racing import machine, race, table, timed
 from torch import nn
 
 from lightning_qat_osc.config import Granularity, QuantConfig
@@ -23,12 +20,6 @@ from lightning_qat_osc.surgery import quantize_model
 def stack(millions: int) -> nn.Sequential:
     """Linear layers of 1024 x 1024 weights, about a million each."""
     return nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(millions)))
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -44,23 +35,16 @@ def main() -> None:
         for weight in weights:
             WeightQuantizer(4, weight, granularity=granularity, method=method).calibrate(weight)
 
-    contenders: dict[str, Callable[[], object]] = {
-        "read once": lambda: [weight.sum() for weight in weights],
-        "insertion": lambda: quantize_model(stack(arguments.millions), QuantConfig()),
-        "making the network alone": lambda: stack(arguments.millions),
+    contenders = {
+        "read once": timed(lambda: [weight.sum() for weight in weights]),
+        "insertion": timed(lambda: quantize_model(stack(arguments.millions), QuantConfig())),
+        "making the network alone": timed(lambda: stack(arguments.millions)),
     }
     for method in get_args(RangeMethod):
         for granularity in get_args(Granularity):
-            contenders[f"{method}, {granularity}"] = lambda m=method, g=granularity: calibrate(m, g)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(arguments.repeats):
-        for name, function in contenders.items():
-            times[name].append(_seconds(function))
-    floor = statistics.median(times["read once"])
-    print(f"{arguments.millions} million weights, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for name, runs in times.items():
-        median = statistics.median(runs)
-        print(f"{name:28s} {median * 1e3:9.1f} ms  (x {median / floor:6.1f}, {min(runs):.3f} to {max(runs):.3f} s)")
+            contenders[f"{method}, {granularity}"] = timed(lambda m=method, g=granularity: calibrate(m, g))
+    results = race(contenders, arguments.repeats, warmup=0)
+    print(machine(), table(f"{arguments.millions} million weights", results), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def per_weight(millions: tuple[int, ...], rounds: int) -> str:
     contenders = {str(count): timed(sweep(tracked(count, 1024), True)) for count in millions}
     lines = ["| million weights | ns a weight, fused=True | fastest to slowest |", "|---|---|---|"]
     for result in race(contenders, rounds, warmup=2):
-        median, low, high = (t / (int(result.name) * 1024**2) * 1e9 for t in (result.median, result.low, result.high))
+        times = result.median, min(result.times), max(result.times)
+        median, low, high = (t / (int(result.name) * 1024**2) * 1e9 for t in times)
         lines.append(f"| {result.name} | {median:.2f} | {low:.2f} to {high:.2f} |")
     return "\n".join(lines)
 
