@@ -265,6 +265,7 @@ def differences(y: Tensor, expected: Tensor) -> list[str]:
 
 def x86(model: nn.Module, images: Tensor) -> Tensor:
     """Outputs of torchao's lowering to X86."""
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401  registers what the lowering matches
     from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
 
     rows = 50

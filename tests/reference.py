@@ -11,7 +11,9 @@ from torch import Tensor
 
 def fake_quantize_equation(x: Tensor, s: Tensor, n: int, p: int) -> Tensor:
     """``s clip(round(x/s), n, p)``, rounding straight through: autograd gives LSQ's gradients."""
-    clipped = torch.clamp(x / s, n, p)
+    v = x / s
+    # the gradient of torch.clamp at n and p is 1 or 0, by torch's version
+    clipped = torch.where((n <= v) & (v <= p), v, v.detach().clamp(n, p))
     return s * (clipped + (torch.round(clipped) - clipped).detach())
 
 

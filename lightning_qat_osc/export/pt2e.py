@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def export_program(
         raise ValueError(f"module must be in torch.float32, and has parameters of {odd.pop()}: call module.float()")
     _traceable(model.module, input_dtype)
     program = _trace(model.module, args, kwargs, shapes, type(module).__name__)
-    graph_module = program.module(check_guards=False)
+    graph_module = _unguarded(program)
     constants = _constants(graph_module)
     weights = _folded(graph_module.graph, constants, model.weights) if fold_batch_norm else model.weights
     _store_integers(graph_module.graph, constants, weights)
@@ -119,6 +120,12 @@ def _trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
             f"torch.export cannot export {name}: {error}\nWhere the batch dimension is the reason, "
             "dynamic_batch=False exports the batch size of example_input alone."
         ) from error
+
+
+def _unguarded(program: ExportedProgram) -> fx.GraphModule:
+    """A program's module without checks of its inputs' shapes, which older torch does not put in."""
+    guards = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
+    return program.module(**guards)
 
 
 @dataclass(frozen=True, eq=False)

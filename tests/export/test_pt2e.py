@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import importlib
 
 import pytest
 import torch
@@ -134,6 +135,7 @@ def classifier():
 
 def lowered(model, x):
     lowering = pytest.importorskip("torchao.quantization.pt2e.lowering")
+    importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")  # registers what it matches
     with torch.no_grad():
         program = export_program(model, x, dynamic_batch=False)
         return lowering.lower_pt2e_quantized_to_x86(program.module(), (copy.deepcopy(x),))
