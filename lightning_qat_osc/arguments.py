@@ -43,8 +43,10 @@ def with_quantized_arguments(
         if i >= len(args) and name not in kwargs:
             break  # the layer's own forward says what is missing
         x = args[i] if i < len(args) else kwargs[name]
-        x_q = next((quantized for other, quantized in seen if other is x), None)
-        if x_q is None:
+        before = [quantized for other, quantized in seen if other is x]
+        if before:
+            x_q = before[0]
+        else:
             packed = isinstance(x, PackedSequence)
             x_q = x._replace(data=quantize(name, x.data)) if packed else quantize(name, x)
             seen.append((x, x_q))

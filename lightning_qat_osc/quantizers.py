@@ -341,7 +341,7 @@ class QuantizedLayer(nn.Module):
         idle = [q.scale.sum() for q in self.quantizers() if not q.active]
         if idle:
             # DDP waits for a gradient of every parameter, also of a scale that is not in use: it gets 0
-            name = next(iter(substitutes), weight_names(self)[0])
+            name = next(iter(substitutes)) if substitutes else weight_names(self)[0]
             substitutes[name] = substitutes.get(name, getattr(self, name)) + 0.0 * sum(idle)
         if not recipes:
             return self._forward_with(substitutes, args, kwargs)
@@ -350,17 +350,23 @@ class QuantizedLayer(nn.Module):
 
     def _forward_with(self, substitutes: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's own forward, which reads quantized weights."""
-        # an instance attribute comes before nn.Module's look-up of the parameter of that name
-        before = {name: self.__dict__[name] for name in substitutes if name in self.__dict__}
-        self.__dict__.update(substitutes)
+        # every release of torch.compile traces this; the parameters themselves are left as they are
+        latent, self._parameters = self._parameters, {**self._parameters, **substitutes}
+        # a weight that is computed is an instance attribute, which comes before nn.Module's look-up of a parameter
+        computed = [name for name in substitutes if name not in latent]
+        before = {name: self.__dict__[name] for name in computed if name in self.__dict__}
+        for name in computed:
+            self.__dict__[name] = substitutes[name]
         try:
             if isinstance(self, nn.RNNBase):
                 return self._recurrent_forward(*args, **kwargs)
             return self.float_forward(*args, **kwargs)
         finally:
-            for name in substitutes:
+            self._parameters = latent
+            for name in computed:
                 del self.__dict__[name]
-            self.__dict__.update(before)
+            for name, value in before.items():
+                self.__dict__[name] = value
 
     def _recurrent_forward(self, *args: Any, **kwargs: Any) -> Any:
         """A recurrent layer keeps a list of its weights, and reads that."""

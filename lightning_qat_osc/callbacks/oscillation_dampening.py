@@ -23,6 +23,7 @@ from lightning_qat_osc.checks import check_bits, check_choice, check_number
 from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.regularizers import Aggregation, dampening_loss
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
+from lightning_qat_osc.sharding import whole
 from lightning_qat_osc.sweep import add_dampening
 
 __all__ = ["OscillationDampening"]
@@ -121,7 +122,7 @@ class OscillationDampening(pl.Callback):
         ]
         pl_module.log("oscillation/dampening_weight", self._weight)
         if losses:
-            pl_module.log("oscillation/dampening_loss", torch.stack(losses).sum())
+            pl_module.log("oscillation/dampening_loss", whole(torch.stack(losses).sum()))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the optimizers."""
