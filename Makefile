@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := 2.6.0
+TORCH ?= 2.6.0
 
-.PHONY: demo test test-integration test-oldest lint types check build clean
+.PHONY: demo test test-integration test-oldest test-torch lint types check build clean
 
 # The main job on real data: scikit-learn's handwritten digits, in full precision and then at 3 and 2 bits, four ways.
 demo: $(VENV)/examples.stamp
@@ -21,6 +22,10 @@ test-integration: $(VENV)/dev.stamp
 test-oldest: $(VENV)-oldest/dev.stamp
 	$(VENV)-oldest/bin/python -m pytest tests/callbacks $(addprefix tests/integration/test_,resume.py checkpoints.py \
 		lightning_callbacks.py trainer_options.py precision.py optimization.py)
+
+# Another torch, TORCH=2.6.0 unless given: gigabytes, where no build for CPUs is at hand. Not a part of CI.
+test-torch: $(VENV)-torch-$(TORCH)/dev.stamp
+	$(VENV)-torch-$(TORCH)/bin/python -m pytest --ignore tests/integration
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -57,5 +62,13 @@ $(VENV)-oldest/dev.stamp: pyproject.toml constraints.txt
 		"lightning==$(OLDEST)" "pytorch-lightning==$(OLDEST)" --editable ".[dev]"
 	touch $@
 
+$(VENV)-torch-$(TORCH)/dev.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-torch-$(TORCH)
+	grep -v -E '^torch(ao)?==' constraints.txt > $(VENV)-torch-$(TORCH)/constraints.txt
+	$(VENV)-torch-$(TORCH)/bin/python -m pip install --quiet "torch==$(TORCH)"
+	$(VENV)-torch-$(TORCH)/bin/python -m pip install --quiet \
+		--constraint $(VENV)-torch-$(TORCH)/constraints.txt --editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-wheel $(VENV)-oldest build dist runs
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-oldest $(VENV)-torch-* build dist runs

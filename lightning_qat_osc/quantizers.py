@@ -350,23 +350,27 @@ class QuantizedLayer(nn.Module):
 
     def _forward_with(self, substitutes: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's own forward, which reads quantized weights."""
-        # every release of torch.compile traces this; the parameters themselves are left as they are
-        latent, self._parameters = self._parameters, {**self._parameters, **substitutes}
-        # a weight that is computed is an instance attribute, which comes before nn.Module's look-up of a parameter
-        computed = [name for name in substitutes if name not in latent]
-        before = {name: self.__dict__[name] for name in computed if name in self.__dict__}
-        for name in computed:
-            self.__dict__[name] = substitutes[name]
+        latent = self._parameters
+        if torch.compiler.is_compiling() and all(name in latent for name in substitutes):
+            self._parameters = {**latent, **substitutes}  # torch before 2.13 traces no change of attributes by name
+            try:
+                return self._run(args, kwargs)
+            finally:
+                self._parameters = latent
+        # an instance attribute comes before nn.Module's look-up of the parameter of that name
+        before = {name: self.__dict__[name] for name in substitutes if name in self.__dict__}
+        self.__dict__.update(substitutes)
         try:
-            if isinstance(self, nn.RNNBase):
-                return self._recurrent_forward(*args, **kwargs)
-            return self.float_forward(*args, **kwargs)
+            return self._run(args, kwargs)
         finally:
-            self._parameters = latent
-            for name in computed:
+            for name in substitutes:
                 del self.__dict__[name]
-            for name, value in before.items():
-                self.__dict__[name] = value
+            self.__dict__.update(before)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(self, nn.RNNBase):
+            return self._recurrent_forward(*args, **kwargs)
+        return self.float_forward(*args, **kwargs)
 
     def _recurrent_forward(self, *args: Any, **kwargs: Any) -> Any:
         """A recurrent layer keeps a list of its weights, and reads that."""
