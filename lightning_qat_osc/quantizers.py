@@ -352,7 +352,7 @@ class QuantizedLayer(nn.Module):
         """The layer's own forward, which reads quantized weights."""
         latent = self._parameters
         if torch.compiler.is_compiling() and all(name in latent for name in substitutes):
-            self._parameters = {**latent, **substitutes}  # torch before 2.13 traces no change of attributes by name
+            self._parameters = {**latent, **substitutes}  # torch 2.9 traces no change of __dict__
             try:
                 return self._run(args, kwargs)
             finally:
