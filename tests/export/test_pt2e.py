@@ -100,7 +100,6 @@ def test_a_batch_norm_beside_computed_parameters_stays(conv, norm):
     assert sum(node.target == torch.ops.aten.batch_norm.default for node in program.graph.nodes) == 1
 
 
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.9 reads files so
 def test_a_program_is_saved_and_runs_without_the_models_class(tmp_path):
     model = calibrated(network(), images())
     torch.export.save(export_program(model, images(2)), tmp_path / "model.pt2")
