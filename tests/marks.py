@@ -3,5 +3,7 @@
 import shutil
 
 import pytest
+import torch
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiled kernels need a C++ compiler")
+needs_onnx_export = pytest.mark.skipif(torch.__version__ < "2.9", reason="export to ONNX needs torch 2.9")

@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from marks import needs_onnx_export
 from models import ConvModule, Data, trainer
 from torch import nn
 from torch.nn import functional as F
@@ -160,7 +161,7 @@ def test_export_beside_the_checkpoint(run):
     assert (out - module(X)).abs().mean() < 1e-2
 
 
-@pytest.mark.parametrize("suffix", [None, ".safetensors", ".pt2", ".onnx"])
+@pytest.mark.parametrize("suffix", [None, ".safetensors", ".pt2", pytest.param(".onnx", marks=needs_onnx_export)])
 def test_compare(suffix, run, tmp_path, capsys):
     folder, _ = run
     module = ["--module", "models.ConvModule"]
@@ -240,6 +241,7 @@ def test_a_trusted_checkpoint_may_hold_anything(run, tmp_path, capsys):
     assert (tmp_path / "any.safetensors").exists()
 
 
+@needs_onnx_export
 def test_onnx_inputs_go_by_their_names(tmp_path, capsys):
     module, one, other = OfTwo(), torch.randn(6, 4), torch.randn(6, 4)
     config = QuantConfig(4, None, first_last_bits=None)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from os import PathLike
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from lightning_qat_osc.export.extras import require_extra
 from lightning_qat_osc.export.onnx import export_onnx
 from lightning_qat_osc.export.packed import save_packed
 from lightning_qat_osc.export.pt2e import export_program
@@ -24,12 +24,6 @@ model's class."""
 SUFFIXES: dict[ExportFormat, str] = {"packed": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
 """Format -> the suffix of its files."""
 
-_PACKAGES: dict[ExportFormat, tuple[str, ...]] = {
-    "packed": ("safetensors",),
-    "onnx": ("onnx", "onnxscript"),
-    "torch": (),
-}
-
 
 def require_packages(export_format: ExportFormat) -> None:
     """Insist on the packages that a format needs.
@@ -37,12 +31,8 @@ def require_packages(export_format: ExportFormat) -> None:
     Raises:
         ImportError: If one is not installed; the message names the extra to install.
     """
-    missing = [package for package in _PACKAGES[export_format] if find_spec(package) is None]
-    if missing:
-        raise ImportError(
-            f"format '{export_format}' needs {' and '.join(missing)}: "
-            f'pip install "lightning-qat-osc[{export_format}]"'
-        )
+    if export_format != "torch":
+        require_extra(export_format, f"format '{export_format}'")
 
 
 def export_model(

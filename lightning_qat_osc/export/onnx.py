@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_qat_osc.arguments import call_arguments
+from lightning_qat_osc.export.extras import require_extra
 from lightning_qat_osc.export.pt2e import export_program
 from lightning_qat_osc.files import written_whole
 
@@ -52,14 +52,12 @@ def export_onnx(
         fold_batch_norm: Fold batch norms into the layers before them where that can be done.
 
     Raises:
-        ImportError: If the packages of ``lightning-qat-osc[onnx]`` are not installed.
+        ImportError: If the packages of ``lightning-qat-osc[onnx]`` are not installed, or torch is older than 2.9.
         ValueError: If nothing in the module is quantized, a layer cannot be converted, the module is not in 32-bit
             floating point, or ``opset_version`` is below 18.
         RuntimeError: If torch cannot export the module; the message has torch's reason.
     """
-    missing = [package for package in ("onnx", "onnxscript") if find_spec(package) is None]
-    if missing:
-        raise ImportError(f'export_onnx needs {" and ".join(missing)}: pip install "lightning-qat-osc[onnx]"')
+    require_extra("onnx", "export_onnx")
     if opset_version < 18:
         raise ValueError(f"opset_version must be at least 18, got {opset_version}")
     projected = [name for name, m in module.named_modules() if isinstance(m, nn.LSTM) and m.proj_size > 0]

@@ -165,7 +165,7 @@ def _one_scale(dequantize: ir.Node) -> None:
     """Scales that are all the same are one: the graph of torch.export repeats a weight's scale for each channel."""
     graph, integers, scales = dequantize.graph, dequantize.inputs[0], _content(dequantize.inputs[1])
     if graph is not None and integers is not None and scales is not None and scales.ndim == 1 and len(set(scales)) == 1:
-        dequantize.resize_inputs(2)  # older torch translates itself, with a zero point of 0 for each
+        dequantize.resize_inputs(2)  # torch 2.9 has its own translation, with a zero point of 0 for each
         dequantize.replace_input_with(1, _constant(graph, f"{integers.name}_scale_of_all", scales[0]))
         del dequantize.attributes["axis"]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qat_osc.export.convert import integer_model
+from lightning_qat_osc.export.extras import require_extra
 from lightning_qat_osc.export.integers import IntegerWeight
 
 __all__ = ["convert_to_torchao"]
@@ -38,8 +38,7 @@ def convert_to_torchao(module: Module) -> Module:
         ValueError: If no linear layer of the module has a quantized weight, a layer cannot be converted, or the module
             is not in 32-bit floating point.
     """
-    if find_spec("torchao") is None:
-        raise ImportError('convert_to_torchao needs torchao: pip install "lightning-qat-osc[torchao]"')
+    require_extra("torchao", "convert_to_torchao")
     model = integer_model(module)
     odd = {weight.dtype for weight in model.weights.values()} - {torch.float32}
     if odd:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from marks import needs_onnx_export
 from models import ConvModule, Data, trainer
 from torch.nn import functional as F
 
@@ -58,6 +59,7 @@ def run_onnx(path, x):
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
+@needs_onnx_export
 def test_all_formats_at_the_end_of_fit(tmp_path):
     pytest.importorskip("onnxscript")
     module = ConvModule()
@@ -245,7 +247,7 @@ def test_refused_before_the_first_step(tmp_path, monkeypatch):
         fit(ConvModule(), ModelExport(when="best"), tmp_path)
     with pytest.raises(MisconfigurationException, match="modules in 32 bits, got precision='bf16-true'"):
         fit(ConvModule(), ModelExport(["packed", "torch"]), tmp_path, precision="bf16-true")
-    monkeypatch.setattr("lightning_qat_osc.export.formats.find_spec", lambda package: None)
+    monkeypatch.setattr("lightning_qat_osc.export.extras.find_spec", lambda package: None)
     with pytest.raises(ImportError, match=r"'packed' needs safetensors: pip install \"lightning-qat-osc\[packed\]\""):
         fit(ConvModule(), ModelExport(), tmp_path)
 

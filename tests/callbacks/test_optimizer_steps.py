@@ -105,6 +105,7 @@ class TwoGradients(torch.optim.Optimizer):
 def test_an_optimizer_that_evaluates_twice_leaves_the_scales_alone(manual):
     module, start = trained(TwoGradients, manual, scale_learning_rate=0.0), trained(TwoGradients, manual)
     assert any(not torch.equal(a, b) for a, b in zip(scale_parameters(module), scale_parameters(start)))
+    assert all(scale.grad is None for scale in scale_parameters(module))
     torch.manual_seed(0)
     fresh = Chosen(TwoGradients, manual)
     kwargs = {"forward_fn": lambda module, batch: module(batch[0])} if manual else {}

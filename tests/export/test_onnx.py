@@ -9,6 +9,7 @@ import pytest
 import torch
 from calibrated import calibrated
 from hypothesis import HealthCheck, Phase, given, settings
+from marks import needs_onnx_export
 from models import ConvModule, Data, trainer
 from onnx import TensorProto, numpy_helper
 from sessions import assert_close, initializers, operators, optimized_operators, run, session
@@ -19,7 +20,7 @@ from lightning_qat_osc.export import integer_weights
 from lightning_qat_osc.export.onnx import export_onnx
 from lightning_qat_osc.surgery import quantize_model
 
-pytestmark = pytest.mark.skipif(torch.__version__ < "2.9", reason="the extra onnx asks for torch 2.9")
+pytestmark = needs_onnx_export
 
 
 def network():
@@ -502,8 +503,14 @@ def test_arguments_are_refused_by_name(tmp_path):
 
 
 def test_missing_packages_name_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_qat_osc.export.onnx.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_qat_osc.export.extras.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"onnx and onnxscript.*lightning-qat-osc\[onnx\]"):
+        export_onnx(nn.Linear(3, 2), tmp_path / "x.onnx", torch.ones(2, 3))
+
+
+def test_an_old_torch_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.__version__", type(torch.__version__)("2.8.0+cpu"))
+    with pytest.raises(ImportError, match=r"export_onnx needs torch 2\.9 or later, got torch 2\.8\.0"):
         export_onnx(nn.Linear(3, 2), tmp_path / "x.onnx", torch.ones(2, 3))
 
 

@@ -68,7 +68,7 @@ def test_what_has_no_linear_layer_is_refused():
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr("lightning_qat_osc.export.torchao.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_qat_osc.export.extras.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"lightning-qat-osc\[torchao\]"):
         convert_to_torchao(nn.Linear(2, 2))
 

@@ -1,0 +1,33 @@
+"""The optional packages that exports need."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+__all__ = ["require_extra"]
+
+_PACKAGES = {
+    "packed": ("safetensors",),
+    "onnx": ("onnx", "onnxscript"),
+    "torchao": ("torchao",),
+}
+_TORCH_FOR_ONNX = "2.9"
+
+
+def require_extra(extra: str, what: str) -> None:
+    """Insist on the packages of one of the project's extras, and for ONNX on a torch whose export can be trusted.
+
+    Args:
+        extra: Name of the extra.
+        what: What needs it, for the message.
+
+    Raises:
+        ImportError: If a package is missing, with the extra to install, or torch is too old.
+    """
+    missing = [package for package in _PACKAGES[extra] if find_spec(package) is None]
+    if missing:
+        raise ImportError(f'{what} needs {" and ".join(missing)}: pip install "lightning-qat-osc[{extra}]"')
+    if extra == "onnx" and torch.__version__ < _TORCH_FOR_ONNX:
+        raise ImportError(f"{what} needs torch {_TORCH_FOR_ONNX} or later, got torch {torch.__version__}")
