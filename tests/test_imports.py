@@ -18,7 +18,7 @@ FLOORS = [
     {"sweep"},
     {"surgery"},
     {"calibration", "plan", "loading", "checkpoints"},
-    {"export.integers"},
+    {"export.integers", "export.extras"},
     {"export.folding"},
     {"export.convert"},
     {"export.packed", "export.pt2e", "export.torchao"},
