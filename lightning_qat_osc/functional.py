@@ -224,8 +224,8 @@ def fake_quantize(
 
     Args:
         x: Values of any shape and floating dtype.
-        scale: Step between two grid points, positive, broadcastable against ``x``. For an ``x`` of lower precision than
-            the scale, the arithmetic is in the scale's dtype and the result in that of ``x``.
+        scale: Step between two grid points, positive, broadcastable to the shape of ``x``. For an ``x`` of lower
+            precision than the scale, the arithmetic is in the scale's dtype and the result in that of ``x``.
         quant_min: Smallest integer.
         quant_max: Largest integer.
         zero_point: The integer that stands for 0.0.
@@ -276,7 +276,7 @@ def quantize_to_int(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, ze
 
     Args:
         x: Values of any shape and floating dtype.
-        scale: Step between two grid points, positive, broadcastable against ``x``.
+        scale: Step between two grid points, positive, broadcastable to the shape of ``x``.
         quant_min: Smallest integer, at least -128.
         quant_max: Largest integer, at most 255.
         zero_point: The integer that stands for 0.0.

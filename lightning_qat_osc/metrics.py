@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_qat_osc.checks import check_number
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.sharding import own_part
 
@@ -21,7 +22,10 @@ class _MeanOverWeights(Metric):
     """Mean over the weights of something that each weight has, for each layer and in total.
 
     Args:
-        layers: Names of the layers, the keys of what :meth:`update` is given.
+        layers: Names of the layers, the keys of what :meth:`update` is given; at least one.
+
+    Raises:
+        ValueError: If there is none.
     """
 
     full_state_update = False
@@ -31,6 +35,8 @@ class _MeanOverWeights(Metric):
     def __init__(self, layers: Sequence[str]) -> None:
         super().__init__()
         self.layers = list(layers)
+        if not self.layers:
+            raise ValueError("layers must name at least one tracked layer, got none")
         self.add_state("sums", torch.zeros(len(self.layers), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(len(self.layers), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -38,7 +44,14 @@ class _MeanOverWeights(Metric):
         raise NotImplementedError
 
     def update(self, states: Mapping[str, OscillationState]) -> None:
-        """Add the states of :func:`~lightning_qat_osc.oscillation_states`; under FSDP, each rank its shard."""
+        """Add the states of :func:`~lightning_qat_osc.oscillation_states`; under FSDP, each rank its shard.
+
+        Raises:
+            ValueError: If a layer has none.
+        """
+        untracked = [name for name in self.layers if name not in states]
+        if untracked:
+            raise ValueError(f"states must have one of each layer, got none of {', '.join(map(repr, untracked))}")
         sums = torch.stack([self._sum(states[name]).to(self.sums.dtype) for name in self.layers])
         self.sums += sums.to(self.sums.device)
         self.counts += torch.tensor([own_part(states[name].frequency).numel() for name in self.layers]).to(
@@ -64,11 +77,16 @@ class OscillatingShare(_MeanOverWeights):
 
     Args:
         layers: Names of the layers.
-        threshold: Frequency above which a weight counts as oscillating; the paper's 0.005 if not given.
+        threshold: Frequency above which a weight counts as oscillating, in [0, 1]; the paper's 0.005 if not given.
+
+    Raises:
+        TypeError: If the threshold is no number.
+        ValueError: If there is no layer, or the threshold is out of range.
     """
 
     def __init__(self, layers: Sequence[str], threshold: float = 0.005) -> None:
         super().__init__(layers)
+        check_number("threshold", threshold, low=0.0, high=1.0)
         self.threshold = threshold
 
     def _sum(self, state: OscillationState) -> Tensor:

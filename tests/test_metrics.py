@@ -35,6 +35,15 @@ def test_threshold(states):
     assert share.compute()["a"].item() == 0.25
 
 
+def test_arguments_that_are_refused(states):
+    with pytest.raises(ValueError, match="layers must name at least one tracked layer"):
+        OscillationFrequency([])
+    with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], got 1.5"):
+        OscillatingShare(["a"], threshold=1.5)
+    with pytest.raises(ValueError, match="got none of 'c'"):
+        FrozenShare(["a", "c"]).update(states)
+
+
 def test_single_precision_for_devices_that_have_no_other(states):
     frequency, noise = OscillationFrequency(list(states)), SQNR()
     for metric in (frequency, noise):
