@@ -112,10 +112,18 @@ def _is_differentiated() -> bool:
 
 def _sum_to_scale(terms: Tensor, scale: Tensor) -> Tensor:
     """The gradient of a scale from its terms, one for each value."""
-    if terms.dim() > 3 and scale.numel() == 1 and torch.compiler.is_compiling():
-        # channel by channel, as batch normalization sums: the compiler then reads what both need once
-        terms = terms.sum((0, *range(2, terms.dim())), keepdim=True)
+    if terms.dim() > 2 and scale.numel() == 1 and torch.compiler.is_compiling():
+        terms = terms.sum(_summed_first(terms), keepdim=True)
     return terms.sum_to_size(scale.shape)
+
+
+def _summed_first(terms: Tensor) -> list[int]:
+    """Dimensions over which a compiler sums terms for less, in a loop that it makes anyway for what is around them."""
+    if terms.dim() == 3:
+        return [-1]  # over features, as layer normalization sums
+    if terms.is_cpu:
+        return [1]  # over channels, side by side in memory once a compiler for CPUs has laid a convolution's input out
+    return [0, *range(2, terms.dim())]  # channel by channel, as batch normalization sums
 
 
 class _LearnedStepSize(torch.autograd.Function):
