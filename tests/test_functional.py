@@ -224,17 +224,22 @@ def test_channels_last_stays():
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_compiles_without_graph_break():
-    x, s = torch.randn(64, requires_grad=True), torch.tensor([0.1], requires_grad=True)
-    fake_quantize(x, s, -4, 3).sum().backward()
+@pytest.mark.parametrize("shape", [(64,), (8, 8), (4, 5, 6), (3, 4, 5, 6), (2, 3, 4, 5, 6)])
+@pytest.mark.parametrize("scales", [1, 2])
+def test_compiles_without_graph_break(shape, scales):
+    shape = (scales, *shape) if scales > 1 else shape
+    x = torch.randn(shape, requires_grad=True)
+    s = torch.linspace(0.1, 0.3, scales).view(-1, *[1] * (len(shape) - 1)).requires_grad_()
+    grad = torch.randn(shape)
+    fake_quantize(x, s, -4, 3).backward(grad)
     gx, gs = x.grad.clone(), s.grad.clone()
     x.grad = s.grad = None
     compiled = torch.compile(fake_quantize, fullgraph=True, backend="aot_eager")
     y = compiled(x, s, -4, 3)
-    y.sum().backward()
+    y.backward(grad)
     assert torch.equal(y, fake_quantize(x, s, -4, 3))
     assert torch.equal(x.grad, gx)
-    assert torch.allclose(s.grad, gs)
+    assert torch.allclose(s.grad, gs, rtol=1e-5)
 
 
 @needs_compiler
