@@ -112,8 +112,9 @@ def _is_differentiated() -> bool:
 
 def _sum_to_scale(terms: Tensor, scale: Tensor) -> Tensor:
     """The gradient of a scale from its terms, one for each value."""
-    if terms.dim() > 2 and scale.numel() == 1 and torch.compiler.is_compiling():
-        terms = terms.sum(_summed_first(terms), keepdim=True)
+    if scale.numel() == 1 and terms.dim() > 2 and torch.compiler.is_compiling():
+        worth_a_loop = terms.shape[1:].numel() > 2**10  # of a sample: a batch may be of any size
+        terms = terms.sum(_summed_first(terms), keepdim=True) if worth_a_loop else terms
     return terms.sum_to_size(scale.shape)
 
 
