@@ -112,19 +112,20 @@ def _is_differentiated() -> bool:
 
 def _sum_to_scale(terms: Tensor, scale: Tensor) -> Tensor:
     """The gradient of a scale from its terms, one for each value."""
-    if scale.numel() == 1 and terms.dim() > 2 and torch.compiler.is_compiling():
-        worth_a_loop = terms.shape[1:].numel() > 2**10  # of a sample: a batch may be of any size
-        terms = terms.sum(_summed_first(terms), keepdim=True) if worth_a_loop else terms
+    if scale.numel() == 1 and torch.compiler.is_compiling():
+        terms = _partial_sums(terms)
     return terms.sum_to_size(scale.shape)
 
 
-def _summed_first(terms: Tensor) -> list[int]:
-    """Dimensions over which a compiler sums terms for less, in a loop that it makes anyway for what is around them."""
+def _partial_sums(terms: Tensor) -> Tensor:
+    """Sums for which a compiler has a loop anyway, that of what is around; of small samples the terms themselves."""
+    if terms.dim() < 3 or terms.shape[1:].numel() <= 2**10:
+        return terms
     if terms.dim() == 3:
-        return [-1]  # over features, as layer normalization sums
+        return terms.sum(-1, keepdim=True)  # over features, as layer normalization sums
     if terms.is_cpu:
-        return [1]  # over channels, side by side in memory once a compiler for CPUs has laid a convolution's input out
-    return [0, *range(2, terms.dim())]  # channel by channel, as batch normalization sums
+        return terms.sum(1, keepdim=True)  # over channels, which compilers for CPUs lay side by side for convolutions
+    return terms.sum((0, *range(2, terms.dim())), keepdim=True)  # channel by channel, as batch normalization sums
 
 
 class _LearnedStepSize(torch.autograd.Function):
