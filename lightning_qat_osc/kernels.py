@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
+from itertools import repeat
 from types import FunctionType
 from typing import Any, TypeVar, cast
 
@@ -11,7 +12,21 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-__all__ = ["SMALL", "compiled", "in_one_order", "joined_copy", "memory", "number", "parted", "why_nothing_compiles"]
+__all__ = [
+    "BLOCK",
+    "SMALL",
+    "blocks",
+    "compiled",
+    "in_one_order",
+    "joined_copy",
+    "memory",
+    "number",
+    "parted",
+    "why_nothing_compiles",
+]
+
+BLOCK = 2**18
+"""Elements that stay in a CPU's cache from one operation to the next."""
 
 SMALL = 2**15
 """Elements up to which a compiled kernel is not worth its call.
@@ -76,6 +91,13 @@ def memory(x: Tensor, *shape: int) -> Tensor:
     Detached: a kernel compiled for a view is compiled again for each shape of what it is a view of.
     """
     return x.as_strided(shape, (*shape[1:], 1)).detach()
+
+
+def blocks(views: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors in pieces that fit the cache. What has one element for all the elements of the last is whole in each."""
+    last = views[-1]
+    size = max(1, BLOCK * len(last) // max(1, last.numel()))
+    return zip(*(torch.split(t, size) if len(t) == len(last) else repeat(t) for t in views))
 
 
 def joined_copy(tensors: Sequence[Tensor]) -> Tensor:

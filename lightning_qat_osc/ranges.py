@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_qat_osc.kernels import BLOCK
+
 __all__ = ["RangeMethod", "activation_grid", "estimate_scale"]
 
 RangeMethod = Literal["mse", "minmax", "percentile", "lsq"]
@@ -21,9 +23,6 @@ RangeMethod = Literal["mse", "minmax", "percentile", "lsq"]
 _TAIL = 0.001  # what the percentile range leaves out at each end
 _HISTOGRAM_BINS = 2048
 _COARSE, _FINE = 40, 16  # candidates of the MSE search
-
-
-_BLOCK = 2**18  # elements whose search stays in the cache
 
 
 class _Weighted(NamedTuple):
@@ -132,7 +131,7 @@ def estimate_scale(x: Tensor, quant_min: int, quant_max: int, method: RangeMetho
         scale = _covering_scale(*_percentiles(x, _TAIL), quant_min, quant_max)
         scale = torch.where(scale > smallest, scale, covering)  # more than 99.9 % zeros
     elif method == "mse":
-        rows = max(1, _BLOCK // x.shape[1])
+        rows = max(1, BLOCK // x.shape[1])
         blocks = zip(torch.split(x, rows), torch.split(covering, rows))
         scale = torch.cat([_mse_scale(_compress(b), cover, quant_min, quant_max) for b, cover in blocks])
     else:

@@ -6,14 +6,14 @@ work in place on one weight's tensors, element by element. Here they are applied
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, repeat
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from lightning_qat_osc.functional import Limit, rows
-from lightning_qat_osc.kernels import SMALL, compiled, joined_copy, memory, number, parted
+from lightning_qat_osc.kernels import SMALL, blocks, compiled, joined_copy, memory, number, parted
 from lightning_qat_osc.lookup import QuantizedWeight
 from lightning_qat_osc.oscillation import OscillationState, advance, pass_on_gradient
 from lightning_qat_osc.regularizers import Aggregation, add_dampening_gradient, dampening_factor
@@ -27,8 +27,6 @@ __all__ = [
     "in_batches",
     "pass_on_frozen_gradients",
 ]
-
-_BLOCK = 2**17  # elements that stay in a CPU's cache from one operation to the next
 
 
 @torch.no_grad()
@@ -212,7 +210,7 @@ class WeightBatch:
         if self._fused:
             compiled(kernel)(*views, *scalars)
         elif views[0].is_cpu:
-            for block in _blocks(views):
+            for block in blocks(views):
                 kernel(*block, *scalars)
         else:
             kernel(*views, *scalars)
@@ -235,10 +233,3 @@ def _one_behind_the_other(tensors: Sequence[Tensor]) -> bool:
     starts = accumulate((t.numel() * t.element_size() for t in tensors[:-1]), initial=first.data_ptr())
     storages = {t.untyped_storage().data_ptr() for t in (first, tensors[-1])}
     return len(storages) == 1 and all(t.data_ptr() == start and t.is_contiguous() for t, start in zip(tensors, starts))
-
-
-def _blocks(views: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors in pieces that fit the cache. What has one element for all the elements of the last is whole in each."""
-    last = views[-1]
-    size = max(1, _BLOCK * len(last) // max(1, last.numel()))
-    return zip(*(torch.split(t, size) if len(t) == len(last) else repeat(t) for t in views))

@@ -1,9 +1,11 @@
+from unittest.mock import Mock
+
 import pytest
 import torch
 from marks import needs_compiler
 from reference import fake_quantize_equation
 
-from lightning_qat_osc import functional
+from lightning_qat_osc import functional, kernels
 from lightning_qat_osc.functional import fake_quantize, fake_quantize_pair, integer_grid, quantize_to_int
 
 # powers of two, for which torch's multiplication by the reciprocal rounds as the division does
@@ -73,6 +75,38 @@ def test_both_gradients_are_autograds_of_the_printed_equation(shape, zero_point)
     assert torch.allclose(gx, x.grad, rtol=1e-15, atol=0)  # autograd multiplies by s and divides by it again
     assert torch.allclose(gs, s.grad, rtol=1e-12)
     assert 0 < (gx == 0).sum() < gx.numel()  # both zones were visited
+
+
+@pytest.mark.parametrize("layout", ["a ragged row", "channels_last", "per channel", "channels of several blocks"])
+def test_large_gradients_are_autograds_of_the_printed_equation(monkeypatch, layout):
+    monkeypatch.setattr(kernels, "BLOCK", 1000)
+    monkeypatch.setattr(functional, "BLOCK", 1000)
+    in_blocks = Mock(wraps=functional._gradients_in_blocks)
+    monkeypatch.setattr(functional, "_gradients_in_blocks", in_blocks)
+    shape = {"a ragged row": (4321,), "per channel": (9, 70, 3, 3)}.get(layout, (3, 5, 20, 30))
+    scales = {"per channel": 9, "channels of several blocks": 3}.get(layout, 1)
+    x, upstream = torch.randn(2, *shape, dtype=torch.float64)
+    if layout == "channels_last":
+        x, upstream = (t.to(memory_format=torch.channels_last) for t in (x, upstream))
+    x.requires_grad_()
+    s = torch.linspace(0.1, 0.4, scales, dtype=torch.float64).view(-1, *[1] * (x.dim() - 1)).requires_grad_()
+    fake_quantize(x, s, -4, 3).backward(upstream)
+    gx, gs = x.grad.clone(), s.grad.clone()
+    x.grad = s.grad = None
+    fake_quantize_equation(x, s, -4, 3).backward(upstream)
+    assert in_blocks.call_count == 1
+    assert gx.stride() == x.stride()
+    assert torch.allclose(gx, x.grad, rtol=1e-15, atol=0)
+    assert torch.allclose(gs, s.grad, rtol=1e-12)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_of_what_needs_no_gradient_none_is_made(monkeypatch, large):
+    monkeypatch.setattr(functional, "BLOCK", 10 if large else 1000)
+    for learned in ([True, False], [False, True]):
+        x, s = torch.randn(90, requires_grad=learned[0]), torch.full([1], 0.3, requires_grad=learned[1])
+        fake_quantize(x, s, -4, 3).sum().backward()
+        assert [t.grad is not None for t in (x, s)] == learned
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
