@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
@@ -59,6 +62,52 @@ def timed(function: Callable[[], object]) -> Callable[[], float]:
         return time.perf_counter() - start
 
     return run
+
+
+class Alone:
+    """A contender in a process of its own, as a user's training is: none finds memory that another has left warm.
+
+    Args:
+        make: Makes the contender, over there.
+        arguments: Of ``make``. They are pickled, as it is.
+
+    Raises:
+        ImportError: If ``make`` does, for what is not installed.
+    """
+
+    def __init__(self, make: Callable[..., Callable[[], float]], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        error = self._connection.recv()
+        if error is not None:
+            raise error
+
+    def __call__(self) -> float:
+        """Let it take its turn."""
+        self._connection.send(True)
+        return float(self._connection.recv())
+
+    def close(self) -> None:
+        """Let it end."""
+        self._connection.close()
+        self._process.join()
+
+
+def _serve(connection: Connection, make: Callable[..., Callable[[], float]], arguments: tuple[Any, ...]) -> None:
+    try:
+        contender = make(*arguments)
+    except ImportError as error:
+        connection.send(error)
+        return
+    connection.send(None)
+    try:
+        while connection.recv():
+            connection.send(contender())
+    except EOFError:  # no more turns
+        pass
 
 
 def machine() -> str:

@@ -1,7 +1,9 @@
 """A training step with every callback of it, against the full-precision step and peers' bare fake-quantized ones.
 
 ``python benchmarks/step_time.py`` prints a table for each network and memory format. Steps run under a real Trainer;
-the peers' and the baseline's networks run in the same LightningModule, without callbacks.
+the peers' and the baseline's networks run in the same LightningModule, without callbacks. Each contender has a process
+of its own, in which it is all that there is, and they take turns: in one process those that need less memory would find
+what the others have had from the operating system, and pay for none.
 """
 
 from __future__ import annotations
@@ -9,61 +11,91 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import authors
+import lightning as L
 import peers
 import torch
 from networks import WORKLOADS, Workload
-from racing import Result, machine, race, table
-from torch import nn
+from racing import Alone, Result, machine, race, table
+from torch import Tensor, nn
 from training import Steps, everything
 
+Make = Callable[[Workload, torch.memory_format], Steps]
 
-def contenders(workload: Workload, memory_format: torch.memory_format) -> dict[str, Callable[[], float]]:
-    """Name -> seconds of a step; the full-precision one first."""
 
-    def network() -> nn.Module:
-        torch.manual_seed(0)
-        return workload.network().to(memory_format=memory_format)
+BASELINE, BASELINE_COMPILED, COMPILED = "full precision", "full precision, compiled", "everything on, compiled"
 
-    batch = workload.batch()
-    batch = batch.to(memory_format=memory_format) if batch.dim() == 4 else batch
-    compiled, compiled_ours = network(), network()
-    for model in (compiled, compiled_ours):
-        model.compile()
-    made: dict[str, Steps | None] = {
-        "full precision": Steps(workload, memory_format=memory_format),
-        "quantizers alone": Steps(workload, callbacks=everything()[:1], memory_format=memory_format),
-        "everything on": Steps(workload, callbacks=everything(), memory_format=memory_format),
-        "everything on, fused=True": Steps(workload, callbacks=everything(fused=True), memory_format=memory_format),
-        "everything on, fused=True, recompute=True": Steps(
-            workload, callbacks=everything(fused=True, recompute=True), memory_format=memory_format
-        ),
-    }
-    others: dict[str, Callable[[], nn.Module]] = {
-        "torchao PT2E": lambda: peers.torchao(network(), batch),
-        "Brevitas": lambda: peers.brevitas(network(), batch),
-        "authors' LSQ": lambda: authors.prepare(network(), batch, tracked=False),
-        "authors' LSQ, tracking and freezing": lambda: authors.prepare(network(), batch, tracked=True),
-    }
-    for name, make in others.items():
+
+def _network(workload: Workload, memory_format: torch.memory_format, *, compiled: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    network = workload.network()
+    if workload.batch().dim() == 4:
+        network = network.to(memory_format=memory_format)
+    if compiled:
+        network.compile()
+    return network
+
+
+def _ours(callbacks: Callable[[], list[L.Callback]] = list, *, compiled: bool = False) -> Make:
+    def make(workload: Workload, memory_format: torch.memory_format) -> Steps:
+        network = _network(workload, memory_format, compiled=compiled)
+        return Steps(workload, network, callbacks(), memory_format=memory_format)
+
+    return make
+
+
+def _peer(prepare: Callable[[nn.Module, Tensor], nn.Module]) -> Make:
+    def make(workload: Workload, memory_format: torch.memory_format) -> Steps:
+        batch = workload.batch()
+        batch = batch.to(memory_format=memory_format) if batch.dim() == 4 else batch
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = prepare(_network(workload, memory_format), batch)
+            return Steps(workload, network, memory_format=memory_format)
+
+    return make
+
+
+CONTENDERS: dict[str, Make] = {
+    BASELINE: _ours(),
+    "quantizers alone": _ours(lambda: everything()[:1]),
+    "everything on": _ours(everything),
+    "everything on, fused=True": _ours(partial(everything, fused=True)),
+    "everything on, fused=True, recompute=True": _ours(partial(everything, fused=True, recompute=True)),
+    "torchao PT2E": _peer(peers.torchao),
+    "Brevitas": _peer(peers.brevitas),
+    "authors' LSQ": _peer(partial(authors.prepare, tracked=False)),
+    "authors' LSQ, tracking and freezing": _peer(partial(authors.prepare, tracked=True)),
+    BASELINE_COMPILED: _ours(compiled=True),
+    COMPILED: _ours(partial(everything, fused=True), compiled=True),
+}
+
+
+def contender(name: str, network: str, memory_format: torch.memory_format) -> Callable[[], float]:
+    """What takes a short run of steps and returns the seconds of one."""
+    return CONTENDERS[name](WORKLOADS[network], memory_format).seconds
+
+
+def measure(network: str, memory_format: torch.memory_format, rounds: int) -> list[Result]:
+    """Let all contenders that are installed take turns."""
+    racers: dict[str, Alone] = {}
+    for name in CONTENDERS:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                made[name] = Steps(workload, make(), memory_format=memory_format)
+            racers[name] = Alone(contender, name, network, memory_format)
         except ImportError as error:
             print(f"{name} is left out: {error}")
-    made["full precision, compiled"] = Steps(workload, compiled, memory_format=memory_format)
-    made["everything on, compiled"] = Steps(
-        workload, compiled_ours, everything(fused=True), memory_format=memory_format
-    )
-    return {name: steps.seconds for name, steps in made.items() if steps is not None}
+    results = race(racers, rounds, warmup=1)
+    for racer in racers.values():
+        racer.close()
+    return results
 
 
 def compiled_ratio(results: list[Result]) -> str:
     """The one ratio that is not to the eager full-precision step."""
     by_name = {r.name: r for r in results}
-    ratio = by_name["everything on, compiled"].ratio(by_name["full precision, compiled"])
+    ratio = by_name[COMPILED].ratio(by_name[BASELINE_COMPILED])
     return f"Everything on, compiled, to full precision, compiled: {ratio:.2f}."
 
 
@@ -77,7 +109,7 @@ def main() -> None:
     for name in arguments.networks:
         images = WORKLOADS[name].batch().dim() == 4 and name == "conv net"
         for memory_format in (torch.contiguous_format, torch.channels_last)[: 1 + images]:
-            results = race(contenders(WORKLOADS[name], memory_format), arguments.rounds, warmup=1)
+            results = measure(name, memory_format, arguments.rounds)
             layout = ", channels_last" if memory_format == torch.channels_last else ""
             print(f"\n{table(f'{name}{layout}', results)}\n\n{compiled_ratio(results)}", flush=True)
 

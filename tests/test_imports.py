@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 
 # from the ground up: a module may import those in lines before its own
 FLOORS = [
-    {"kernels", "sharding", "schedules", "ranges", "layers", "arguments", "checks", "files", "tables"},
-    {"functional", "recomputation"},
+    {"kernels", "sharding", "schedules", "layers", "arguments", "checks", "files", "tables"},
+    {"functional", "ranges", "recomputation"},
     {"oscillation", "regularizers", "batch_norm", "config"},
     {"quantizers", "metrics"},
     {"lookup"},
