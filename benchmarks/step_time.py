@@ -2,8 +2,8 @@
 
 ``python benchmarks/step_time.py`` prints a table for each network and memory format. Steps run under a real Trainer;
 the peers' and the baseline's networks run in the same LightningModule, without callbacks. Each contender has a process
-of its own, in which it is all that there is, and they take turns: in one process those that need less memory would find
-what the others have had from the operating system, and pay for none.
+of its own, and keeps the memory that it has had: in one process, those that need less would find what others have
+left, and otherwise chance has a say.
 """
 
 from __future__ import annotations
