@@ -6,7 +6,16 @@ from marks import needs_compiler
 from reference import WeightLoop, fake_quantize_equation, masked_fake_quantize
 from torch import nn
 
-from lightning_qat_osc import LayerRule, QuantConfig, dampening_loss, fake_quantize, functional, quantize_model, sweep
+from lightning_qat_osc import (
+    LayerRule,
+    QuantConfig,
+    dampening_loss,
+    fake_quantize,
+    functional,
+    kernels,
+    quantize_model,
+    sweep,
+)
 from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.kernels import why_nothing_compiles
 from lightning_qat_osc.lookup import quantized_weights
@@ -21,7 +30,8 @@ def path(request, monkeypatch):
     """Whether small weights are swept together or, as if they were large, alone and in blocks."""
     for module in (sweep, functional):
         monkeypatch.setattr(module, "SMALL", 2**15 if request.param == "together" else 0)
-    monkeypatch.setattr(sweep, "_BLOCK", 7)
+    for module in (kernels, functional):
+        monkeypatch.setattr(module, "BLOCK", 7)
 
 
 def weights_of(granularity, dtype, fused):
