@@ -68,8 +68,8 @@ def timed(function: Callable[[], object]) -> Callable[[], float]:
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
 """Tells glibc to return nothing to the operating system.
 
-By default how much memory it has back in every step, to be handed out page by page, is a matter of what lies last in
-it: up to a hundred MiB or none, in two processes of the same code."""
+By default it returns what is free behind the last thing in use, for every step to have it handed out anew, page by
+page. How much that is differs between two processes of the same code."""
 
 
 class Alone:

@@ -43,6 +43,7 @@ def _where_inside(values: Tensor, v: Tensor, n: Limit, p: Limit, *, out: Tensor 
     """``values`` where n <= v <= p, else 0: eagerly in one pass, several times as fast as with a mask.
 
     The backward of hardtanh does it for open intervals, so this asks for the one between the floats next to the limits.
+    Eagerly it can be written to ``out``.
     """
     if torch.compiler.is_compiling():
         return torch.where(v == v.clamp(n, p), values, 0.0)

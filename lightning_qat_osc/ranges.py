@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qat_osc.kernels import BLOCK
+from lightning_qat_osc.kernels import blocks
 
 __all__ = ["RangeMethod", "activation_grid", "estimate_scale"]
 
@@ -131,9 +131,7 @@ def estimate_scale(x: Tensor, quant_min: int, quant_max: int, method: RangeMetho
         scale = _covering_scale(*_percentiles(x, _TAIL), quant_min, quant_max)
         scale = torch.where(scale > smallest, scale, covering)  # more than 99.9 % zeros
     elif method == "mse":
-        rows = max(1, BLOCK // x.shape[1])
-        blocks = zip(torch.split(x, rows), torch.split(covering, rows))
-        scale = torch.cat([_mse_scale(_compress(b), cover, quant_min, quant_max) for b, cover in blocks])
+        scale = torch.cat([_mse_scale(_compress(b), cover, quant_min, quant_max) for cover, b in blocks([covering, x])])
     else:
         raise ValueError(f"method must be 'mse', 'minmax', 'percentile' or 'lsq', got {method=}")
     return (scale * unit).clamp(smallest, largest)
