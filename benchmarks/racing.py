@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 
@@ -65,58 +63,17 @@ def timed(function: Callable[[], object]) -> Callable[[], float]:
     return run
 
 
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
-"""Tells glibc to return nothing to the operating system.
-
-By default it returns what is free behind the last thing in use, for every step to have it handed out anew, page by
-page. How much that is differs between two processes of the same code."""
+_KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
 
 
-class Alone:
-    """A contender in a process of its own, as a user's training is, that keeps its memory.
+def keep_memory() -> None:
+    """Start the script anew, once, in a process that returns no memory to the operating system.
 
-    Args:
-        make: Makes the contender, over there.
-        arguments: Of ``make``. They are pickled, as it is.
-
-    Raises:
-        ImportError: If ``make`` does, for what is not installed.
+    By default glibc returns what is free behind the last thing in use, for every step to have it handed out anew, page
+    by page, and large tensors always. What that costs a contender depends on what others have left where.
     """
-
-    def __init__(self, make: Callable[..., Callable[[], float]], *arguments: Any) -> None:
-        os.environ.update(KEEP_MEMORY)  # before glibc starts, over there
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
-        self._process.start()
-        theirs.close()
-        error = self._connection.recv()
-        if error is not None:
-            raise error
-
-    def __call__(self) -> float:
-        """Let it take its turn."""
-        self._connection.send(True)
-        return float(self._connection.recv())
-
-    def close(self) -> None:
-        """Let it end."""
-        self._connection.close()
-        self._process.join()
-
-
-def _serve(connection: Connection, make: Callable[..., Callable[[], float]], arguments: tuple[Any, ...]) -> None:
-    try:
-        contender = make(*arguments)
-    except ImportError as error:
-        connection.send(error)
-        return
-    connection.send(None)
-    try:
-        while connection.recv():
-            connection.send(contender())
-    except EOFError:  # no more turns
-        pass
+    if any(os.environ.get(name) != value for name, value in _KEPT_MEMORY.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_KEPT_MEMORY})
 
 
 def machine() -> str:

@@ -1,9 +1,8 @@
 """A training step with every callback of it, against the full-precision step and peers' bare fake-quantized ones.
 
 ``python benchmarks/step_time.py`` prints a table for each network and memory format. Steps run under a real Trainer;
-the peers' and the baseline's networks run in the same LightningModule, without callbacks. Each contender has a process
-of its own, and keeps the memory that it has had: in one process, those that need less would find what others have
-left, and otherwise chance has a say.
+the peers' and the baseline's networks run in the same LightningModule, without callbacks. The process keeps the memory
+that it has had, so that no contender lives on what others have left.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import lightning as L
 import peers
 import torch
 from networks import WORKLOADS, Workload
-from racing import Alone, Result, machine, race, table
+from racing import Result, keep_memory, machine, race, table
 from torch import Tensor, nn
 from training import Steps, everything
 
@@ -73,23 +72,15 @@ CONTENDERS: dict[str, Make] = {
 }
 
 
-def contender(name: str, network: str, memory_format: torch.memory_format) -> Callable[[], float]:
-    """What takes a short run of steps and returns the seconds of one."""
-    return CONTENDERS[name](WORKLOADS[network], memory_format).seconds
-
-
 def measure(network: str, memory_format: torch.memory_format, rounds: int) -> list[Result]:
-    """Let all contenders that are installed take turns."""
-    racers: dict[str, Alone] = {}
-    for name in CONTENDERS:
+    """Let all contenders that are installed take turns, each with a short run of steps."""
+    racers: dict[str, Callable[[], float]] = {}
+    for name, make in CONTENDERS.items():
         try:
-            racers[name] = Alone(contender, name, network, memory_format)
+            racers[name] = make(WORKLOADS[network], memory_format).seconds
         except ImportError as error:
             print(f"{name} is left out: {error}")
-    results = race(racers, rounds, warmup=1)
-    for racer in racers.values():
-        racer.close()
-    return results
+    return race(racers, rounds, warmup=1)
 
 
 def compiled_ratio(results: list[Result]) -> str:
@@ -105,6 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds of 6 steps for each contender")
     parser.add_argument("--networks", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     arguments = parser.parse_args()
+    keep_memory()
     print(machine())
     for name in arguments.networks:
         images = WORKLOADS[name].batch().dim() == 4 and name == "conv net"
