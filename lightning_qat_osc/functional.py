@@ -152,11 +152,13 @@ def _sum_to_scale(terms: Tensor, scale: Tensor) -> Tensor:
 
 
 def _partial_sums(terms: Tensor) -> Tensor:
-    """Sums for which a compiler has a loop anyway, that of what is around; of small samples the terms themselves."""
+    """What a compiler can sum in a loop that it has anyway, that of what is around; of small samples the terms."""
     if terms.dim() < 3 or terms.shape[1:].numel() <= 2**10:
         return terms
     if terms.dim() == 3:
-        return terms.sum(-1, keepdim=True)  # over features, as layer normalization sums
+        # a view of memory: CPUs write the terms beside the other gradient, and do not compute them once more for their
+        # sum, with a GELU before them. GPUs compute faster than they write, and sum over features, as layer norm does
+        return terms.as_strided(terms.shape, terms.stride()) if terms.is_cpu else terms.sum(-1, keepdim=True)
     if terms.is_cpu:
         return terms.sum(1, keepdim=True)  # over channels, which compilers for CPUs lay side by side for convolutions
     return terms.sum((0, *range(2, terms.dim())), keepdim=True)  # channel by channel, as batch normalization sums

@@ -277,10 +277,27 @@ def test_compiles_without_graph_break(shape, scales):
     assert torch.allclose(s.grad, gs)
 
 
-def test_elsewhere_than_on_cpus_a_compiled_scale_is_summed_channel_by_channel():
+def test_elsewhere_than_on_cpus_a_compiled_scale_is_summed_as_norms_sum():
     terms = torch.empty(2, 3, 20, 20, device="meta")
     assert functional._partial_sums(terms).shape == (1, 3, 1, 1)
+    assert functional._partial_sums(torch.empty(2, 40, 30, device="meta")).shape == (2, 40, 1)
     assert functional._partial_sums(terms[..., 0, 0]).shape == (2, 3)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+def test_compiled_scales_of_tokens_in_any_layout():
+    tokens = torch.randn(4, 60, 48, requires_grad=True)
+    scales = torch.linspace(0.1, 0.4, 4).unsqueeze(1).requires_grad_()
+
+    def loss(tokens, scales):
+        layouts = tokens, tokens.transpose(0, 2), tokens[:, 3::2], tokens[:1].expand(3, -1, -1)
+        quantized = [fake_quantize(torch.nn.functional.gelu(x), s, -4, 3) for x, s in zip(layouts, scales)]
+        return sum((x_q * torch.arange(x_q.numel()).view_as(x_q).cos()).sum() for x_q in quantized)
+
+    expected = torch.autograd.grad(loss(tokens, scales), (tokens, scales))
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(tokens, scales), (tokens, scales))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @needs_compiler
