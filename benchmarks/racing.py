@@ -73,7 +73,7 @@ def keep_memory() -> None:
     by page, and large tensors always. What that costs a contender depends on what others have left where.
     """
     if any(os.environ.get(name) != value for name, value in _KEPT_MEMORY.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_KEPT_MEMORY})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **_KEPT_MEMORY})
 
 
 def machine() -> str:

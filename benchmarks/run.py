@@ -1,6 +1,6 @@
 """Run every benchmark of a training step, and write what they print into docs/performance.md.
 
-``python benchmarks/run.py`` takes most of an hour on two cores; peers need ``pip install torchao brevitas``.
+``python benchmarks/run.py`` takes half an hour to an hour on two cores; peers need ``pip install torchao brevitas``.
 """
 
 from __future__ import annotations

@@ -147,14 +147,14 @@ def _is_differentiated() -> bool:
 def _sum_to_scale(terms: Tensor, scale: Tensor) -> Tensor:
     """The gradient of a scale from its terms, one for each value."""
     if scale.numel() == 1 and torch.compiler.is_compiling():
-        terms = _partial_sums(terms)
+        terms = _ready_to_sum(terms)
     return terms.sum_to_size(scale.shape)
 
 
-def _partial_sums(terms: Tensor) -> Tensor:
-    """What a compiler can sum in a loop that it has anyway, that of what is around; of small samples the terms."""
+def _ready_to_sum(terms: Tensor) -> Tensor:
+    """Terms as a compiler adds them up for the least: summed in part in a loop that it has anyway, or written first."""
     if terms.dim() < 3 or terms.shape[1:].numel() <= 2**10:
-        return terms
+        return terms  # few
     if terms.dim() == 3:
         # a view of memory: CPUs write the terms beside the other gradient, and do not compute them once more for their
         # sum, with a GELU before them. GPUs compute faster than they write, and sum over features, as layer norm does
