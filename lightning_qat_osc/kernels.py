@@ -17,6 +17,7 @@ __all__ = [
     "SMALL",
     "blocks",
     "compiled",
+    "in_channels_last",
     "in_one_order",
     "joined_copy",
     "memory",
@@ -78,11 +79,15 @@ def why_nothing_compiles(device: torch.device) -> str | None:
 def in_one_order(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors of one shape fill their memory in one order: all are contiguous, or all in channels_last."""
     first = tensors[0]
-    if not first.is_contiguous():
-        channels_last = _CHANNELS_LAST.get(first.dim())
-        if channels_last is None or not first.is_contiguous(memory_format=channels_last):
-            return False
+    if not (first.is_contiguous() or in_channels_last(first)):
+        return False
     return all(t.stride() == first.stride() and t.shape == first.shape for t in tensors[1:])
+
+
+def in_channels_last(x: Tensor) -> bool:
+    """Whether a tensor fills its memory with channels side by side."""
+    memory_format = _CHANNELS_LAST.get(x.dim())
+    return memory_format is not None and x.is_contiguous(memory_format=memory_format)
 
 
 def memory(x: Tensor, *shape: int) -> Tensor:

@@ -279,9 +279,9 @@ def test_compiles_without_graph_break(shape, scales):
 
 def test_elsewhere_than_on_cpus_a_compiled_scale_is_summed_as_norms_sum():
     terms = torch.empty(2, 3, 20, 20, device="meta")
-    assert functional._ready_to_sum(terms).shape == (1, 3, 1, 1)
-    assert functional._ready_to_sum(torch.empty(2, 40, 30, device="meta")).shape == (2, 40, 1)
-    assert functional._ready_to_sum(terms[..., 0, 0]).shape == (2, 3)
+    assert functional._partly_summed(terms).shape == (1, 3, 1, 1)
+    assert functional._partly_summed(torch.empty(2, 40, 30, device="meta")).shape == (2, 40, 1)
+    assert functional._partly_summed(terms[..., 0, 0]).shape == (2, 3)
 
 
 @needs_compiler
