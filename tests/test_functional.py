@@ -286,7 +286,7 @@ def test_elsewhere_than_on_cpus_a_compiled_scale_is_summed_as_norms_sum():
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
-def test_compiled_scales_of_tokens_in_any_layout():
+def test_compiled_gradients_of_tokens_in_any_layout():
     tokens = torch.randn(4, 60, 48, requires_grad=True)
     scales = torch.linspace(0.1, 0.4, 4).unsqueeze(1).requires_grad_()
 
@@ -297,6 +297,27 @@ def test_compiled_scales_of_tokens_in_any_layout():
 
     expected = torch.autograd.grad(loss(tokens, scales), (tokens, scales))
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(tokens, scales), (tokens, scales))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_gradients_of_images_in_any_layout(dynamic):
+    images = torch.randn(4, 24, 12, 10).to(memory_format=torch.channels_last).requires_grad_()
+    scales = torch.linspace(0.1, 0.4, 6).unsqueeze(1).requires_grad_()
+    weight = torch.randn(8, 24, 3, 3)
+
+    def loss(images, scales):
+        y = torch.nn.functional.batch_norm(images, None, None, training=True).relu()
+        layouts = y, y.contiguous(), y[:, ::2], y[:, :1], y.permute(0, 2, 3, 1), y[:1].expand(3, -1, -1, -1)
+        quantized = [fake_quantize(x, s, 0, 7) for x, s in zip(layouts, scales)]
+        sums = [(x_q * torch.arange(x_q.numel()).view(x_q.shape).cos()).sum() for x_q in quantized]
+        return sum(sums) + torch.nn.functional.conv2d(quantized[0], weight).square().mean()
+
+    expected = torch.autograd.grad(loss(images, scales), (images, scales))
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    got = torch.autograd.grad(compiled(images, scales), (images, scales))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
