@@ -104,7 +104,9 @@ def _suits_blocks(grad: Tensor, x: Tensor, scale: Tensor) -> bool:
     """Whether :func:`_gradients_in_blocks` can be used, and is faster."""
     if torch.compiler.is_compiling() or not x.is_cpu or x.numel() <= 4 * BLOCK:
         return False
-    return x.dtype == grad.dtype == scale.dtype and in_one_order([x, grad]) and _suits_kernels(x, scale)
+    if x.dtype.itemsize < 4 or not x.dtype == grad.dtype == scale.dtype:  # dot products of 16 bits are slow
+        return False
+    return in_one_order([x, grad]) and _suits_kernels(x, scale)
 
 
 def _gradients_in_blocks(grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Limit) -> tuple[Tensor, Tensor]:
@@ -120,7 +122,7 @@ def _gradients_in_blocks(grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Li
         torch.div(x_block, scale_block, out=v)
         _where_inside(grad_block, v, n, p, out=grad_x_block)
         _where_inside(v, v, n, p, out=v_inside)
-        sums.append(_sum_to_scale(_dxq_ds(v, v_inside, n, p).mul_(grad_block), scale_block))
+        sums.append(torch.linalg.vecdot(_dxq_ds(v, v_inside, n, p), grad_block).view_as(scale_block))
     return grad_x, torch.cat(sums).sum_to_size(views[0].shape).view(scale.shape)
 
 
