@@ -87,7 +87,7 @@ def _gradients(
         return _gradients_in_blocks(grad, x, scale, n, p)
     v = x / scale
     wide = grad.to(v.dtype)
-    grad_x = _written(_where_inside(wide, v, n, p).to(grad.dtype)) if of_x else None
+    grad_x = _written(_where_inside(wide, v, n, p).to(grad.dtype), x) if of_x else None
     grad_scale = None
     if of_scale:
         v_inside = _where_inside(v, v, n, p)
@@ -146,34 +146,35 @@ def _is_differentiated() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _written(grad_x: Tensor) -> Tensor:
+def _written(grad_x: Tensor, x: Tensor) -> Tensor:
     """A gradient that a compiler for CPUs writes once: of a tensor that it takes a view of, it needs the memory.
 
     Otherwise each loop of the backward passes ahead, such as the two of a norm, divides by the scale anew, and the
     scale's sum has a loop of its own with the activation in it. Other devices compute faster than they write.
+    The layout is that of ``x``: torch 2.6 does not let a compiled backward pass ask for a gradient's.
     """
-    if not (torch.compiler.is_compiling() and grad_x.is_cpu) or is_sharded(grad_x):
+    if not (torch.compiler.is_compiling() and x.is_cpu) or is_sharded(x):
         return grad_x
     # contiguous images stay as they are: convolutions for CPUs lay them out anew, where a view has its layout
-    as_written = grad_x.dim() == 3 or in_channels_last(grad_x)
-    return grad_x.as_strided(grad_x.shape, grad_x.stride()) if as_written else grad_x
+    as_written = in_channels_last(x) or (x.dim() == 3 and x.is_contiguous())
+    return grad_x.as_strided(x.shape, x.stride()) if as_written else grad_x
 
 
 def _sum_to_scale(terms: Tensor, scale: Tensor) -> Tensor:
     """The gradient of a scale from its terms, one for each value."""
     if scale.numel() == 1 and torch.compiler.is_compiling():
-        terms = _partly_summed(terms)
+        terms = _partly_summed(terms, on_cpu=scale.is_cpu)
     return terms.sum_to_size(scale.shape)
 
 
-def _partly_summed(terms: Tensor) -> Tensor:
+def _partly_summed(terms: Tensor, *, on_cpu: bool) -> Tensor:
     """Terms summed along the dimension for which a compiler adds them up in a loop that it has anyway."""
     if terms.dim() < 3 or terms.shape[1:].numel() <= 2**10:
         return terms  # few
     if terms.dim() == 3:
         # CPUs add up what they write a gradient of; elsewhere over features, as layer normalization sums
-        return terms if terms.is_cpu else terms.sum(-1, keepdim=True)
-    if terms.is_cpu:
+        return terms if on_cpu else terms.sum(-1, keepdim=True)
+    if on_cpu:
         return terms.sum(1, keepdim=True)  # over channels, which compilers for CPUs lay side by side for convolutions
     return terms.sum((0, *range(2, terms.dim())), keepdim=True)  # channel by channel, as batch normalization sums
 

@@ -278,10 +278,10 @@ def test_compiles_without_graph_break(shape, scales):
 
 
 def test_elsewhere_than_on_cpus_a_compiled_scale_is_summed_as_norms_sum():
-    terms = torch.empty(2, 3, 20, 20, device="meta")
-    assert functional._partly_summed(terms).shape == (1, 3, 1, 1)
-    assert functional._partly_summed(torch.empty(2, 40, 30, device="meta")).shape == (2, 40, 1)
-    assert functional._partly_summed(terms[..., 0, 0]).shape == (2, 3)
+    terms = torch.empty(2, 3, 20, 20)
+    assert functional._partly_summed(terms, on_cpu=False).shape == (1, 3, 1, 1)
+    assert functional._partly_summed(torch.empty(2, 40, 30), on_cpu=False).shape == (2, 40, 1)
+    assert functional._partly_summed(terms[..., 0, 0], on_cpu=False).shape == (2, 3)
 
 
 @needs_compiler
@@ -293,7 +293,9 @@ def test_compiled_gradients_of_tokens_in_any_layout():
     def loss(tokens, scales):
         layouts = tokens, tokens.transpose(0, 2), tokens[:, 3::2], tokens[:1].expand(3, -1, -1)
         quantized = [fake_quantize(torch.nn.functional.gelu(x), s, -4, 3) for x, s in zip(layouts, scales)]
-        return sum((x_q * torch.arange(x_q.numel()).view_as(x_q).cos()).sum() for x_q in quantized)
+        turned = [x_q.transpose(1, 2) for x_q in quantized]  # and the gradients of these
+        sums = [(x_q * torch.arange(x_q.numel()).view(x_q.shape).cos()).sum() for x_q in (*quantized, *turned)]
+        return sum(sums)
 
     expected = torch.autograd.grad(loss(tokens, scales), (tokens, scales))
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(tokens, scales), (tokens, scales))
