@@ -156,8 +156,9 @@ def _written(grad_x: Tensor, x: Tensor) -> Tensor:
     if not (torch.compiler.is_compiling() and x.is_cpu) or is_sharded(x):
         return grad_x
     # contiguous images stay as they are: convolutions for CPUs lay them out anew, where a view has its layout
-    as_written = in_channels_last(x) or (x.dim() == 3 and x.is_contiguous())
-    return grad_x.as_strided(x.shape, x.stride()) if as_written else grad_x
+    if in_channels_last(x) or (x.dim() == 3 and x.is_contiguous()):
+        return grad_x.as_strided(x.shape, x.stride())
+    return grad_x
 
 
 def _sum_to_scale(terms: Tensor, scale: Tensor) -> Tensor:
@@ -168,7 +169,10 @@ def _sum_to_scale(terms: Tensor, scale: Tensor) -> Tensor:
 
 
 def _partly_summed(terms: Tensor, *, on_cpu: bool) -> Tensor:
-    """Terms summed along the dimension for which a compiler adds them up in a loop that it has anyway."""
+    """Terms summed along the dimension for which a compiler adds them up in a loop that it has anyway.
+
+    ``on_cpu`` is for them to say, if torch 2.6 let a compiled backward pass ask them.
+    """
     if terms.dim() < 3 or terms.shape[1:].numel() <= 2**10:
         return terms  # few
     if terms.dim() == 3:
