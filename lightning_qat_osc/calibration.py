@@ -192,9 +192,10 @@ class Calibrator:
         """
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self._gather()
+        words: list[str] = []
         if self._config.first_last_bits is not None:
-            self._set_first_last_bits(self._config.first_last_bits)
-        words = [
+            words += self._set_first_last_bits(self._config.first_last_bits)
+        words += [
             f"The weight of layer '{name}' is also read outside of the layer, by {reader}, in full precision there."
             for name, reader in self._watch.read_outside.items()
         ]
@@ -207,17 +208,26 @@ class Calibrator:
                 words += [f"Layer '{name}': {word}." for word in self._calibrate(name, layer)]
         return words
 
-    def _set_first_last_bits(self, bits: int) -> None:
-        for name in {self._first, self._last} - {None}:
+    def _set_first_last_bits(self, bits: int) -> Iterator[str]:
+        ends = {self._first, self._last} - {None}
+        replaced = set()
+        for name in ends:
             layer = self._layers[name]  # type: ignore[index]
             if not isinstance(layer, QuantizedLayer):
                 continue
             for w in layer.weight_quantizers().values():
                 if not w.calibrated and not w.pinned:
+                    replaced.add(w.bits)
                     w.set_bits(bits)
             for x in layer.input_quantizers().values():
                 if not x.calibrated and not x.pinned:
                     x.set_bits(None if name == self._first else bits)
+        others = any(isinstance(layer, QuantizedLayer) for name, layer in self._layers.items() if name not in ends)
+        for asked in () if others else replaced - {bits, None}:
+            yield (
+                f"Every quantized layer is the first or the last and has first_last_bits={bits}, none has {asked}: "
+                "first_last_bits=None gives them the bits that are asked for."
+            )
 
     def _calibrate(self, name: str, layer: QuantizedLayer) -> Iterator[str]:
         for parameter, w in layer.weight_quantizers().items():

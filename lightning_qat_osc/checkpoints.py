@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_qat_osc.config import LayerRule, QuantConfig
+from lightning_qat_osc.files import read_tensors
 from lightning_qat_osc.functional import fake_quantize
 from lightning_qat_osc.lookup import weight_name
 from lightning_qat_osc.metrics import SQNR, FrozenShare, OscillatingShare
@@ -77,9 +77,9 @@ def read_checkpoint(
         weights_only: Read nothing but tensors and plain values.
 
     Raises:
-        ValueError: If it has no quantizers.
+        ValueError: If it cannot be read, or has no quantizers.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    checkpoint = read_tensors(path, map_location="cpu", weights_only=weights_only)
     state = checkpoint.get("state_dict", checkpoint)
     if not any(_GRID.match(key) for key in state):
         raise ValueError(f"{fspath(path)} must be a checkpoint of a quantized module, and it has no quantizers")

@@ -7,22 +7,40 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, get_args
 
-__all__ = ["check_bits", "check_choice", "check_count", "check_file", "check_flag", "check_function", "check_number"]
+from torch import nn
+
+__all__ = [
+    "check_bits",
+    "check_choice",
+    "check_count",
+    "check_file",
+    "check_flag",
+    "check_function",
+    "check_module",
+    "check_number",
+]
 
 
-def check_bits(name: str, value: object, *, none_allowed: bool = True, default_allowed: bool = False) -> None:
+def check_bits(name: str, value: object, *, none: str | None = None, default_allowed: bool = False) -> None:
     """Refuse a bit width that is none.
+
+    Args:
+        name: The argument's name.
+        value: Its value.
+        none: What None stands for; None if it is refused.
+        default_allowed: Whether "default" is taken.
 
     Raises:
         TypeError: If it is not an integer.
         ValueError: If it is outside 2 to 8.
     """
-    if (none_allowed and value is None) or (default_allowed and value == "default"):
+    if (none is not None and value is None) or (default_allowed and value == "default"):
         return
+    or_none = "" if none is None else f", or None for {none}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer from 2 to 8{' or None' if none_allowed else ''}, got {value!r}")
+        raise TypeError(f"{name} must be an integer from 2 to 8{or_none}, got {value!r}")
     if not 2 <= value <= 8:
-        raise ValueError(f"{name} must be from 2 to 8, got {value}")
+        raise ValueError(f"{name} must be from 2 to 8{or_none}, got {value}")
 
 
 def check_count(name: str, value: object) -> None:
@@ -90,6 +108,18 @@ def check_file(name: str, value: object) -> None:
         raise TypeError(f"{name} must be the path of a file, got {value!r}")
     if Path(value).is_dir():
         raise ValueError(f"{name} must be the path of a file, and {value} is a folder")
+
+
+def check_module(name: str, value: object) -> None:
+    """Refuse what is no module, the class of one included.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        raise TypeError(f"{name} must be a module, got the class {value.__name__}: make one, {value.__name__}(...)")
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {value!r}")
 
 
 def check_function(name: str, value: object) -> None:

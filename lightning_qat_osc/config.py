@@ -43,15 +43,15 @@ class LayerRule:
         """Validate."""
         if self.pattern is None and self.layer_type is None:
             raise ValueError("a LayerRule needs a pattern or a layer_type, got neither")
-        if self.weight_bits == "default" and self.activation_bits == "default":
-            raise ValueError(f"a LayerRule must set weight_bits or activation_bits, got {self}")
         for name in ("pattern", "layer_type"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 hint = f", of which the name is '{value.__name__}'" if isinstance(value, type) else ""
                 raise TypeError(f"LayerRule.{name} must be a string, got {value!r}{hint}")
-        check_bits("LayerRule.weight_bits", self.weight_bits, default_allowed=True)
-        check_bits("LayerRule.activation_bits", self.activation_bits, default_allowed=True)
+        check_bits("LayerRule.weight_bits", self.weight_bits, none="full precision", default_allowed=True)
+        check_bits("LayerRule.activation_bits", self.activation_bits, none="full precision", default_allowed=True)
+        if self.weight_bits == "default" and self.activation_bits == "default":
+            raise ValueError(f"a LayerRule must set weight_bits or activation_bits, got {self}")
 
     def matches(self, name: str, layer_class: type) -> bool:
         """Whether the rule holds for a layer of this name and class."""
@@ -92,14 +92,16 @@ class QuantConfig:
         if not isinstance(self.rules, Sequence):
             raise TypeError(f"rules must be a list of LayerRule objects, got {self.rules!r}")
         object.__setattr__(self, "rules", tuple(self.rules))  # a list and a tuple of the same rules ask for the same
-        for name in ("weight_bits", "activation_bits", "first_last_bits"):
-            check_bits(name, getattr(self, name))
+        check_bits("weight_bits", self.weight_bits, none="full precision")
+        check_bits("activation_bits", self.activation_bits, none="full precision")
+        check_bits("first_last_bits", self.first_last_bits, none="those of the other layers")
         check_choice("weight_granularity", self.weight_granularity, Granularity)
         check_choice("weight_range", self.weight_range, RangeMethod)
         check_choice("activation_range", self.activation_range, RangeMethod)
         for rule in self.rules:
             if not isinstance(rule, LayerRule):
-                raise TypeError(f"rules must be LayerRule objects, got {rule!r}")
+                hint = ": LayerRule(**rule) makes one of it" if isinstance(rule, dict) else ""
+                raise TypeError(f"rules must be LayerRule objects, got {rule!r}{hint}")
         if self.weight_bits is None and self.activation_bits is None and not self.rules:
             raise ValueError(
                 "weight_bits and activation_bits are both None and there are no rules: nothing to quantize"

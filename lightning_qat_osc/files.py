@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and those that torch has written."""
 
 from __future__ import annotations
 
@@ -7,8 +7,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
-__all__ = ["written_whole"]
+import torch
+
+__all__ = ["read_tensors", "written_whole"]
+
+
+def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: bool) -> Any:
+    """``torch.load``, with an error that says what to do.
+
+    Raises:
+        ValueError: If the file is no pickle, or holds objects of classes that ``weights_only`` forbids.
+    """
+    try:
+        return torch.load(path, map_location=map_location, weights_only=weights_only)
+    except UnpicklingError as error:
+        if not weights_only:
+            raise ValueError(f"{path} is damaged") from error
+        raise ValueError(
+            f"{path} is damaged, or holds other objects than tensors and plain values, such as a module's "
+            "hyperparameters: if you trust its source, read it with weights_only=False (--trusted on the command line)"
+        ) from error
 
 
 @contextmanager

@@ -298,7 +298,15 @@ def fake_quantize(
 
     Returns:
         The quantized values, in the shape and dtype of ``x``.
+
+    Raises:
+        TypeError: If ``scale`` is no tensor.
+        ValueError: If ``quant_min`` is above ``quant_max``.
     """
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"scale must be a tensor, got {scale!r}: torch.tensor([{scale!r}]) for one scale")
+    if quant_min > quant_max:
+        raise ValueError(f"quant_min must be at most quant_max, {quant_max}, got {quant_min}")
     limits = quant_min - zero_point, quant_max - zero_point
     # inside somebody's compiled graph the equations fuse with what is around them
     if fused and not torch.compiler.is_compiling() and x.numel() > SMALL and _suits_kernels(x, scale):

@@ -7,10 +7,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import nn
 
 from lightning_qat_osc.config import QuantConfig
+from lightning_qat_osc.files import read_tensors
 from lightning_qat_osc.surgery import bits_differences, quantize_model
 
 __all__ = ["config_of_checkpoint", "load_quantized"]
@@ -46,17 +46,20 @@ def load_quantized(
         The module, with its oscillation histories. Training can go on from it.
 
     Raises:
-        ValueError: If the checkpoint is a folder of shards or a state_dict alone, has no quantizers, or does not say
-            how it is quantized and ``config`` is None, or if its bits are not those of ``config``.
+        TypeError: If ``module_class`` is no class of modules.
+        ValueError: If the checkpoint cannot be read, is a folder of shards or a state_dict alone, has no quantizers, or
+            does not say how it is quantized and ``config`` is None, or if its bits are not those of ``config``.
         RuntimeError: If the checkpoint does not fit the module.
     """
+    if not isinstance(module_class, type) or not issubclass(module_class, nn.Module):
+        raise TypeError(f"module_class must be the class of a LightningModule, got {module_class!r}")
     if Path(checkpoint_path).is_dir():
         raise ValueError(
             f"checkpoint_path must be a file, and {checkpoint_path} is a folder of shards: put them together with "
             "`python -m lightning.pytorch.utilities.consolidate_checkpoint`, or train with "
             "ModelParallelStrategy(save_distributed_checkpoint=False)"
         )
-    checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=weights_only)
+    checkpoint = read_tensors(checkpoint_path, map_location=map_location, weights_only=weights_only)
     if "state_dict" not in checkpoint:
         raise ValueError(
             f"checkpoint_path must be a checkpoint of Lightning, and {checkpoint_path} has no 'state_dict': load a "

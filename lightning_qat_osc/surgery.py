@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_qat_osc.checks import check_module
 from lightning_qat_osc.config import Bits, LayerRule, QuantConfig, config_differences
 from lightning_qat_osc.layers import LayerKind, calling_forward, input_names, kind_names, layer_kind, weight_names
 from lightning_qat_osc.lookup import model_modules, quantized_layers, weight_name, weights_with_quantizers
@@ -19,6 +20,7 @@ from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQ
 __all__ = [
     "bits_differences",
     "hidden_weights",
+    "no_layer_to_quantize",
     "off_the_fused_path",
     "quantizable_layers",
     "quantize_model",
@@ -31,6 +33,11 @@ def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
     layers = {name: child for name, child in model_modules(module) if layer_kind(type(child)) is not None}
     past = {layer.out_proj for layer in layers.values() if _reads_past_its_projection(layer)}
     return {name: layer for name, layer in layers.items() if layer not in past}
+
+
+def no_layer_to_quantize(module: nn.Module) -> str:
+    """What to tell of a module without quantizable layers."""
+    return f"{type(module).__name__} has no layer to quantize: none of {', '.join(kind_names())}"
 
 
 def _reads_past_its_projection(layer: nn.Module) -> bool:
@@ -63,7 +70,9 @@ def _check_rules_match(rules: Sequence[LayerRule], layers: dict[str, nn.Module])
             types = sorted({type(layers[n]).__name__ for n in by_name})
             raise ValueError(f"{_describe(rule)} matches no layer; the types there are {', '.join(types)}")
         near = get_close_matches(rule.pattern or "", layers, n=5, cutoff=0.3) or list(layers)[:5]
-        raise ValueError(f"{_describe(rule)} matches no layer; near names are {', '.join(near)}")
+        inside = any(name.startswith(f"{rule.pattern}.") for name in layers)
+        hint = f"; a pattern matches whole names: '{rule.pattern}.*' would match what is inside" if inside else ""
+        raise ValueError(f"{_describe(rule)} matches no layer{hint}; near names are {', '.join(near)}")
 
 
 def _resolve(rules: Sequence[LayerRule], name: str, layer: nn.Module, field: str) -> Bits:
@@ -147,15 +156,19 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
         The same module.
 
     Raises:
+        TypeError: If ``module`` is no module, or ``config`` no QuantConfig.
         ValueError: If a rule matches no layer, rules contradict each other, no layer can be quantized, a layer is of a
             kind that is not supported, or the module is quantized already with another configuration.
 
     Warns:
         UserWarning: Of what stays in full precision: parameters outside the layers, what a layer computes in between.
     """
+    check_module("module", module)
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config must be a QuantConfig, got {config!r}")
     layers = quantizable_layers(module)
     if not layers:
-        raise ValueError(f"{type(module).__name__} has no layer to quantize: none of {', '.join(kind_names())}")
+        raise ValueError(no_layer_to_quantize(module))
     _check_rules_match(config.rules, layers)
     planned = _planned_bits(config, layers)
     for name in planned:
@@ -164,7 +177,7 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
             _check_supported(name, layer)
         elif layer.quant_config != config:
             differences = config_differences(layer.quant_config.to_dict(), config.to_dict())
-            raise ValueError(f"the module is quantized already, and otherwise: {differences}. Begin with a new one")
+            raise ValueError(f"the module is quantized already, differently: {differences}. Begin with a new one")
     new = {name: layers[name] for name in planned if not isinstance(layers[name], QuantizedLayer)}
     _check_shared_weights(new, planned)
     shared: dict[Tensor, WeightQuantizer] = {w.weight: w.quantizer for w in weights_with_quantizers(module)}

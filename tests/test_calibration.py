@@ -46,6 +46,17 @@ def test_first_and_last_are_found_by_execution():
     assert not net.unused.input_quantizer.active
 
 
+def test_nothing_but_first_and_last():
+    x = torch.randn(64, 4)
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    (word,) = calibrate(net, QuantConfig(3, 4), [x])
+    assert "has first_last_bits=8, none has 3: first_last_bits=None" in word
+    assert [layer.weight_quantizer.bits for layer in (net[0], net[2])] == [8, 8]
+    for config in (QuantConfig(8, 4), QuantConfig(None, 4), QuantConfig(3, 4, rules=[LayerRule("*", weight_bits=3)])):
+        net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        assert calibrate(net, config, [x]) == []
+
+
 def test_first_and_last_like_the_rest():
     net = Net()
     calibrate(net, QuantConfig(3, 4, first_last_bits=None), [torch.randn(64, 4)])

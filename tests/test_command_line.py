@@ -289,7 +289,8 @@ def test_a_part_of_a_module_with_arguments_and_shared_weights(tmp_path, capsys):
     [
         (["inspect", "none.ckpt"], "inspect: .*No such file"),
         (["inspect", "float.pt"], "float.pt must be a checkpoint of a quantized module, and it has no quantizers"),
-        (["inspect", "unsafe.pt"], "weights_only"),
+        (["inspect", "unsafe.pt"], "unsafe.pt is damaged, or holds other objects .* weights_only=False .--trusted"),
+        (["inspect", "text.ckpt", "--trusted"], "text.ckpt is damaged$"),
         (["export", "state.ckpt", "--module", "models.ConvModule", "--to", "onnx"], "--input must be given for 'onnx'"),
         (["export", "state.ckpt", "--module", "models.Data", "--to", "packed"], "--module must be .* got models.Data"),
         (["export", "state.pt", "--module", "models.ConvModule", "--to", "packed"], "state.pt has no 'state_dict'"),
@@ -307,11 +308,13 @@ def test_errors_are_one_line(arguments, words, run, tmp_path, monkeypatch, capsy
     torch.save({"weight": torch.ones(2)}, tmp_path / "float.pt")
     torch.save(torch.load(folder / "middle.ckpt", weights_only=True)["state_dict"], tmp_path / "state.pt")
     torch.save(ConvModule(), tmp_path / "unsafe.pt")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
     assert main(arguments) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert re.search(words, captured.err)
     assert captured.err.startswith(f"lightning-qat-osc {arguments[0]}: ")
+    assert captured.err.count("\n") == 1
 
 
 def test_the_configuration_of_a_state_gives_the_quantizers_back(run):

@@ -64,6 +64,20 @@ def test_pattern_without_a_match_lists_near_names():
         quantize_model(Net(), QuantConfig(rules=(LayerRule(layer_type="Conv1d", weight_bits=8),)))
 
 
+def test_pattern_of_what_holds_layers():
+    with pytest.raises(ValueError, match=r"matches whole names: 'features\.\*' would match.*near names are features\."):
+        quantize_model(Net(), QuantConfig(rules=(LayerRule(pattern="features", weight_bits=8),)))
+
+
+def test_arguments_of_another_kind():
+    with pytest.raises(TypeError, match="config must be a QuantConfig, got 4"):
+        quantize_model(Net(), 4)
+    with pytest.raises(TypeError, match=r"module must be a module, got the class Net: make one, Net\(\.\.\.\)"):
+        quantize_model(Net, QuantConfig())
+    with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got 'net'"):
+        quantize_model("net", QuantConfig())
+
+
 def test_contradictory_rules():
     rules = (LayerRule(pattern="head", weight_bits=8), LayerRule(layer_type="Linear", weight_bits=2))
     with pytest.raises(ValueError, match=r"layer 'head'.*weight_bits=8.*weight_bits=2"):
@@ -157,8 +171,8 @@ def test_networks_inside_metrics_are_left_alone():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"weight_bits": 1}, ValueError, "weight_bits must be from 2 to 8, got 1"),
-        ({"weight_bits": 9}, ValueError, "weight_bits must be from 2 to 8, got 9"),
+        ({"weight_bits": 1}, ValueError, "weight_bits must be from 2 to 8, or None for full precision, got 1"),
+        ({"weight_bits": 9}, ValueError, "weight_bits must be from 2 to 8, or None for full precision, got 9"),
         ({"activation_bits": 3.0}, TypeError, "activation_bits must be an integer"),
         ({"first_last_bits": True}, TypeError, "first_last_bits must be an integer"),
         ({"weight_range": "max"}, ValueError, "weight_range must be one of 'mse'"),

@@ -72,7 +72,7 @@ def warn_if_nothing_oscillates(pl_module: pl.LightningModule, max_bits: int, ver
     least = f"the least is {min(bits)}; the first and last layer have first_last_bits" if bits else "none is quantized"
     rank_zero_warn(
         f"No weight is quantized to max_bits={max_bits} or fewer ({least}): there is nothing to {verb}. Lower the bits "
-        "or raise max_bits."
+        "(first_last_bits=None gives the first and last layer those of the others) or raise max_bits."
     )
 
 

@@ -38,7 +38,7 @@ class TracksOscillation(pl.Callback):
         super().__init__()
         if momentum is not None:
             check_number("momentum", momentum, low=0.0, high=1.0, low_open=True)
-        check_bits("max_bits", max_bits, none_allowed=False)
+        check_bits("max_bits", max_bits)
         self.momentum = momentum
         self.max_bits = max_bits
         self._momentum = 0.0  # the one in force

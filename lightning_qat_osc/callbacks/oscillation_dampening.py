@@ -65,7 +65,7 @@ class OscillationDampening(pl.Callback):
         check_number("initial_weight", initial_weight, low=0.0)
         check_number("anneal_start", anneal_start, low=0.0, high=1.0, high_open=True)
         check_choice("aggregation", aggregation, Aggregation)
-        check_bits("max_bits", max_bits, none_allowed=False)
+        check_bits("max_bits", max_bits)
         self.final_weight = final_weight
         self.initial_weight = initial_weight
         self.anneal_start = anneal_start

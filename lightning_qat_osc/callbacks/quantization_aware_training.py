@@ -44,6 +44,7 @@ from lightning_qat_osc.sharding import whole
 from lightning_qat_osc.surgery import (
     bits_differences,
     hidden_weights,
+    no_layer_to_quantize,
     quantizable_layers,
     quantize_model,
     unquantized_layers,
@@ -221,11 +222,17 @@ class QuantizationAwareTraining(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the updates of the scales."""
         missing = unquantized_layers(pl_module, self.config)
-        if missing or not quantized_layers(pl_module):
-            which = f"layers {', '.join(missing[:5])} have" if missing else "this module has"
+        if missing:
             raise MisconfigurationException(
-                f"{which} no quantizers, because they were made after Callback.setup: call "
-                "lightning_qat_osc.quantize_model(self, QuantConfig(...)) at the end of configure_model."
+                f"layers {', '.join(missing[:5])} have no quantizers, because they were made after Callback.setup: "
+                "call lightning_qat_osc.quantize_model(self, QuantConfig(...)) at the end of configure_model."
+            )
+        if not quantized_layers(pl_module):
+            left_out = bool(quantizable_layers(pl_module))
+            raise MisconfigurationException(
+                f"the arguments of {type(self).__name__} leave every layer in full precision: nothing to quantize"
+                if left_out
+                else no_layer_to_quantize(pl_module)
             )
         hidden = hidden_weights(pl_module)
         if hidden:
@@ -264,7 +271,12 @@ class QuantizationAwareTraining(pl.Callback):
     ) -> None:
         """Note a checkpoint from before quantization, whose optimizers know no scales."""
         if trainer.state.fn == "fit" and self.state_key not in checkpoint["callbacks"]:
-            rank_zero_info("The checkpoint is one of full precision: quantization-aware training begins from it.")
+            rank_zero_info(
+                "The checkpoint is one of full precision: quantization-aware training begins from it, at step "
+                f"{checkpoint['global_step']} of the run. Epochs, schedules and annealing count from the run's "
+                "beginning; for a run of its own, load the weights alone, with load_from_checkpoint, and leave "
+                "ckpt_path out."
+            )
             self._float_checkpoint = checkpoint
             if self._scale_updates is not None:  # sharded strategies restore after on_fit_start
                 self._make_room_for_scales(trainer, pl_module)
@@ -402,11 +414,19 @@ class QuantizationAwareTraining(pl.Callback):
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a run that had nothing to train on: the model has no ranges, and Lightning would say nothing."""
-        empty = trainer.limit_train_batches == 0 or trainer.num_training_batches == 0
-        if empty and not any(q.calibrated for q in quantizers(pl_module)):
+        """Refuse a run that had nothing to train on, and tell of one that was over: Lightning would say nothing."""
+        if any(q.calibrated for q in quantizers(pl_module)):
+            return
+        if trainer.limit_train_batches == 0 or trainer.num_training_batches == 0:
             limit = trainer.limit_train_batches
             raise MisconfigurationException(f"{_NO_BATCHES}, with limit_train_batches={limit}")
+        if trainer.global_step > 0:
+            rank_zero_warn(
+                f"Nothing was trained, and the quantizers have no ranges: the run was at its end already, at epoch "
+                f"{trainer.current_epoch} of max_epochs={trainer.max_epochs} and step {trainer.global_step} of "
+                f"max_steps={trainer.max_steps}. Epochs and steps in full precision count: raise the limit, or load "
+                "the weights alone, with load_from_checkpoint, and leave ckpt_path out."
+            )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the optimizers."""

@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_qat_osc.arguments import with_quantized_arguments
+from lightning_qat_osc.checks import check_module
 from lightning_qat_osc.export.folding import Folding
 from lightning_qat_osc.export.folding import fold_batch_norm as fold
 from lightning_qat_osc.export.integers import (
@@ -106,6 +107,7 @@ def convert(module: Module, *, fold_batch_norm: bool = False) -> Module:
         The converted copy, of the same class.
 
     Raises:
+        TypeError: If ``module`` is no module.
         ValueError: If nothing in the module is quantized, or a layer cannot be converted; the message says why.
 
     Warns:
@@ -128,8 +130,10 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
         The converted copy, the integers of its weights and the grids of its inputs.
 
     Raises:
+        TypeError: As :func:`convert`.
         ValueError: As :func:`convert`.
     """
+    check_module("module", module)
     weights, inputs = integer_weights(module), input_grids(module)
     if not weights and not inputs:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lightning_qat_osc.checks import check_choice, check_file, check_module
 from lightning_qat_osc.export.extras import require_extra
 from lightning_qat_osc.export.onnx import export_onnx
 from lightning_qat_osc.export.packed import save_packed
@@ -49,9 +50,14 @@ def export_model(
 
     Raises:
         ImportError: If a package that the format needs is not installed.
-        ValueError: If nothing in the module is quantized, a layer cannot be exported, or ``example_input`` is missing.
+        TypeError: If ``module`` is no module, or ``path`` no path.
+        ValueError: If the format is unknown, nothing in the module is quantized, a layer cannot be exported, or
+            ``example_input`` is missing.
         RuntimeError: If torch cannot export the module.
     """
+    check_choice("export_format", export_format, ExportFormat)
+    check_module("module", module)
+    check_file("path", path)
     require_packages(export_format)
     if export_format == "packed":
         save_packed(module, path)

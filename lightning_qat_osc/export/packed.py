@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_qat_osc.checks import check_file, check_module
 from lightning_qat_osc.export.convert import (
     QuantizeInputs,
     integer_model,
@@ -135,8 +136,11 @@ def load_packed(path: str | PathLike[str], module: Module) -> Module:
     Raises:
         ImportError: If safetensors is not installed.
         FileNotFoundError: If there is no such file.
+        TypeError: If ``path`` is no path, or ``module`` no module.
         ValueError: If the file is no packed model, is damaged, or does not fit the module.
     """
+    check_file("path", path)
+    check_module("module", module)
     manifest, tensors = _read(path)
     plain = without_quantizers(module)
     weights = {

@@ -369,7 +369,7 @@ def test_a_weight_that_is_parametrized_after_the_quantizers_is_refused():
 def test_another_configuration_for_the_same_module_is_refused():
     module = ConvModule()
     trainer([qat()], max_steps=1).fit(module, Data())
-    with pytest.raises(ValueError, match=r"quantized already, and otherwise: weight_bits: 3 before, 2 now"):
+    with pytest.raises(ValueError, match=r"quantized already, differently: weight_bits: 3 before, 2 now"):
         trainer([qat(weight_bits=2)], max_steps=1).fit(module, Data())
 
 
@@ -448,7 +448,7 @@ def test_unsuited_arguments():
         ({"calibration_batches": 0}, "calibration_batches must be at least 1, got 0"),
         ({"scale_learning_rate": -1.0}, r"scale_learning_rate must be in \[0, inf\), got -1.0"),
         ({"scale_learning_rate": float("nan")}, "scale_learning_rate"),
-        ({"weight_bits": 12}, "weight_bits must be from 2 to 8, got 12"),
+        ({"weight_bits": 12}, "weight_bits must be from 2 to 8, or None for full precision, got 12"),
     ):
         with pytest.raises(ValueError, match=words):
             qat(**arguments)

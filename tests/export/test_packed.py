@@ -13,8 +13,9 @@ from models import ConvModule, Data, trainer
 from test_convert import LAYERS, Only, Tied, assert_equal, old_norms
 from torch import nn
 
-from lightning_qat_osc import QuantizationAwareTraining
+from lightning_qat_osc import QuantizationAwareTraining, load_quantized
 from lightning_qat_osc.export import convert, integer_weights, load_packed, save_packed
+from lightning_qat_osc.export.formats import export_model
 from lightning_qat_osc.export.packed import pack, unpack
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -225,6 +226,23 @@ def test_state_that_is_no_tensor_is_refused(tmp_path):
     model = calibrated(Extra(nn.Linear(3, 4)), torch.randn(4, 3))
     with pytest.raises(ValueError, match="entry '_extra_state' must be a tensor to be packed, got dict"):
         save_packed(model, tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_of_another_kind(tmp_path):
+    model, path = calibrated(nn.Linear(3, 4), torch.randn(4, 3)), tmp_path / "model.safetensors"
+    for call, words in (
+        (lambda: save_packed(path, model), "module must be a torch.nn.Module, got .*model.safetensors"),
+        (lambda: load_packed(model, path), "path must be the path of a file, got Quantized"),
+        (lambda: load_packed(path, ConvModule), r"module must be a module, got the class ConvModule: make one, ConvM"),
+        (lambda: load_quantized(path, ConvModule), "module_class must be the class of a LightningModule, got .*model"),
+        (lambda: load_quantized(model, path), "module_class must be the class of a LightningModule, got Quantized"),
+        (lambda: export_model(model, torch.randn(4, 3), "packed"), r"path must be the path of a file, got tensor"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+    with pytest.raises(ValueError, match="export_format must be one of 'packed', 'onnx', 'torch', got 'pt2'"):
+        export_model(model, path, "pt2")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from lightning_qat_osc import (
     oscillation_states,
     quantize_model,
 )
-from lightning_qat_osc.lookup import scale_parameters
+from lightning_qat_osc.lookup import quantizers, scale_parameters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*below twice the momentum.*"),
@@ -127,6 +127,20 @@ def test_training_does_not_go_on_from_weights_alone(runs, name):
     folder, _ = runs
     with pytest.raises(KeyError, match="checkpoint contains only the model"):
         trainer(callbacks(), max_epochs=5).fit(Untrained(), Data(), ckpt_path=folder / f"{name}.ckpt")
+
+
+def test_a_run_that_was_over_in_full_precision_trains_nothing(runs, caplog):
+    folder, _ = runs
+    module = ConvModule()
+    with (
+        caplog.at_level("INFO", logger="lightning"),
+        pytest.warns(
+            UserWarning, match="Nothing was trained, .* at epoch 2 of max_epochs=2 and step 16 of max_steps=-1"
+        ),
+    ):
+        trainer([QuantizationAwareTraining(2, 3)], max_epochs=2).fit(module, Data(), ckpt_path=folder / "float.ckpt")
+    assert "begins from it, at step 16 of the run" in caplog.text
+    assert not any(q.calibrated for q in quantizers(module))
 
 
 def test_a_full_precision_checkpoint_is_tested_in_full_precision(runs):

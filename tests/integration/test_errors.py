@@ -42,6 +42,18 @@ class Counted(ConvModule):
         self.trained += 1
 
 
+class Bare(Counted):
+    """No layer of a kind that can be quantized."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = self.depthwise = self.point = self.head = None
+        self.offset = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return x.mean((1, 2, 3), keepdim=True)[..., 0, 0] + self.offset
+
+
 def refused(words, callbacks, data=None, module=None, error=MisconfigurationException, **kwargs):
     module = Counted() if module is None else module
     weights = {name: p.clone() for name, p in module.named_parameters()}
@@ -55,9 +67,9 @@ def refused(words, callbacks, data=None, module=None, error=MisconfigurationExce
 
 
 BITS = [
-    (1, ValueError, "must be from 2 to 8, got 1"),
-    (9, ValueError, "must be from 2 to 8, got 9"),
-    (-4, ValueError, "must be from 2 to 8, got -4"),
+    (1, ValueError, "must be from 2 to 8(, or None for .*)?, got 1"),
+    (9, ValueError, "must be from 2 to 8(, or None for .*)?, got 9"),
+    (-4, ValueError, "must be from 2 to 8(, or None for .*)?, got -4"),
     (4.0, TypeError, "must be an integer from 2 to 8.*, got 4.0"),
     (NAN, TypeError, "must be an integer from 2 to 8.*, got nan"),
     (True, TypeError, "must be an integer from 2 to 8.*, got True"),
@@ -165,6 +177,20 @@ def test_a_rule_for_inputs_that_are_indices():
         quantize_model(nn.Embedding(3, 4), QuantConfig(rules=[LayerRule(layer_type="Embedding", activation_bits=4)]))
 
 
+def test_bits_in_place_of_a_type():
+    with pytest.raises(TypeError, match=r"^LayerRule\.layer_type must be a string, got 8"):
+        LayerRule("head", 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [("weight_bits", "full precision"), ("activation_bits", "full precision"), ("first_last_bits", "those of the .*")],
+)
+def test_full_precision_is_no_width(name, meaning):
+    with pytest.raises(ValueError, match=f"^{name} must be from 2 to 8, or None for {meaning}, got 32"):
+        QuantizationAwareTraining(**{name: 32})
+
+
 def test_what_can_be_meant_is_taken():
     QuantizationAwareTraining(2, None, first_last_bits=None, scale_learning_rate=0)
     OscillationTracking(momentum=1, max_bits=8)
@@ -179,7 +205,7 @@ def test_what_can_be_meant_is_taken():
         (
             [{"pattern": "head", "weight_bits": 4}],
             TypeError,
-            r"rules must be LayerRule objects, got \{'pattern': 'head'",
+            r"rules must be LayerRule objects, got \{'pattern': 'head', .*\}: LayerRule\(\*\*rule\) makes",
         ),
         (["head"], TypeError, "rules must be LayerRule objects, got 'head'"),
         (LayerRule("head", weight_bits=4), TypeError, "rules must be a list of LayerRule objects"),
@@ -209,6 +235,12 @@ def test_a_rule_that_is_none(rules, error, words):
 def test_rules_that_match_nothing_or_contradict_each_other(rules, words):
     module = refused(words, [qat(rules=rules)], error=ValueError)
     assert not quantized_layers(module)
+
+
+def test_nothing_is_left_to_quantize():
+    everything = [LayerRule("*", weight_bits=None, activation_bits=None)]
+    refused("arguments of QuantizationAwareTraining leave every layer in full precision", [qat(rules=everything)])
+    refused("Bare has no layer to quantize: none of Conv", [qat()], module=Bare())
 
 
 def test_rules_that_agree_do_not_contradict_each_other():
