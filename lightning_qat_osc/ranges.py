@@ -126,7 +126,7 @@ def estimate_scale(x: Tensor, quant_min: int, quant_max: int, method: RangeMetho
     if method == "minmax":
         scale = covering
     elif method == "lsq":
-        scale = 2.0 * x.abs().mean(dim=1) / math.sqrt(max(quant_max, 1))
+        scale = 2.0 * x.abs().mean(dim=1) / math.sqrt(max(quant_max, -quant_min - 1, 1))
     elif method == "percentile":
         scale = _covering_scale(*_percentiles(x, _TAIL), quant_min, quant_max)
         scale = torch.where(scale > smallest, scale, covering)  # more than 99.9 % zeros

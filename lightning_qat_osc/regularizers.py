@@ -21,9 +21,9 @@ def _divisor(shape: torch.Size, aggregation: Aggregation) -> int:
     if aggregation == "sum":
         return 1
     if aggregation == "mean":
-        return math.prod(shape)
+        return max(1, math.prod(shape))
     if aggregation == "kernel_mean":
-        return math.prod(shape[1:])
+        return max(1, math.prod(shape[1:]))
     raise ValueError(f"aggregation must be 'sum', 'mean' or 'kernel_mean', got {aggregation=}")
 
 

@@ -98,3 +98,11 @@ def test_percentiles_do_not_see_one_outlier(outlier):
 def test_a_grid_has_an_integer_above_zero_where_there_are_positive_values():
     x = torch.cat([-torch.rand(1000), torch.tensor([0.01])])
     assert activation_grid(x, -1.0, 0.01, 4, "minmax") == (0, 15, 14)
+
+
+def test_lsq_of_inputs_below_0():
+    x = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0)).abs().neg()
+    below = estimate_scale(x, -255, 0, "lsq")
+    assert below.item() == pytest.approx(estimate_scale(-x, 0, 254, "lsq").item())
+    levels = (x / below).round().clamp(-255, 0).unique()
+    assert len(levels) > 16

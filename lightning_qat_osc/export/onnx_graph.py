@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -87,7 +87,8 @@ def finish(model: ir.Model, program: ExportedProgram) -> None:
             change(node)
     RemoveUnusedNodesPass()(model)
     for name, (low, high) in grids.items():
-        if graph.opset_imports[""] >= 21 and low >= -8 and high <= 7:
+        # torch.onnx stores equal integers once
+        if graph.opset_imports[""] >= 21 and low >= -8 and high <= 7 and name in graph.initializers:
             _store_as_int4(graph.initializers[name])
     _name_batch(graph)
     _name_outputs(graph, program)
@@ -135,7 +136,9 @@ def _content(value: ir.Value | None) -> Array | None:
 
 
 def _constant(graph: ir.Graph, name: str, content: Array) -> ir.Value:
-    """The initializer of a name; a new one of this content where there is none yet."""
+    """An initializer of this content: one that has the name, or a new one, under the name if it is free."""
+    while name in graph.initializers and not np.array_equal(cast(Array, _content(graph.initializers[name])), content):
+        name += "_too"  # weights of equal integers are one initializer, and have a scale each
     if name not in graph.initializers:
         tensor = ir.tensor(content, name=name)
         value = ir.Value(name=name, shape=ir.Shape(content.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
@@ -210,10 +213,11 @@ def _linear(product: ir.Node) -> None:
         return
     transpose, output = _producer(weight, "Transpose"), product.outputs[0]
     if product.op_type == "Gemm":
-        wanted = {"alpha": 1.0, "beta": 1.0, "transA": 0}
-        if weight is None or any(product.attributes[key].value != value for key, value in wanted.items()):
+        given = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}  # by default
+        given |= {key: attribute.value for key, attribute in product.attributes.items()}
+        if weight is None or given["alpha"] != 1.0 or given["beta"] != 1.0 or given["transA"]:
             return
-        factor = _transposed(product, weight) if product.attributes["transB"].as_int() else weight
+        factor = _transposed(product, weight) if given["transB"] else weight
         output = _insert(product, "MatMul", [x, factor], output)
         if rest:
             output = _insert(product, "Sum", [output, rest[0]], product.outputs[0])
@@ -262,7 +266,10 @@ def _convolution(node: ir.Node, grids: Grids) -> None:
     if weight is not None and node.op_type == "Conv":
         assert weight.inputs[0] is not None
         _, quant_max = grids[str(weight.inputs[0].name)]
-        clip = _producer(dequantize.inputs[0], "Clip")
+        integers = dequantize.inputs[0]
+        while (above := None if integers is None else integers.producer()) is not None and _moves_data(above):
+            integers = above.inputs[0]
+        clip = _producer(integers, "Clip")
         limit = None if clip is None else _content(clip.inputs[2])
         bits = quant_max.bit_length() + 1 + (8 if limit is None else int(limit).bit_length())
         if bias is None or bits >= _COARSE:
@@ -320,6 +327,10 @@ def _raise(quantize: ir.Node) -> None:
         quantize.replace_input_with(0, above.inputs[0])
     if (low, high) != _range(integers.dtype):
         _clip(quantize, low, high)
+
+
+def _moves_data(node: ir.Node) -> bool:
+    return node.op_type in _MOVES_DATA or node.op_type == "Pad"
 
 
 def _padding(node: ir.Node) -> float | None:
@@ -404,8 +415,13 @@ def _name_outputs(graph: ir.Graph, program: ExportedProgram) -> None:
     spec = program.call_spec.out_spec
     assert spec is not None
     leaves, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(spec.num_leaves), spec))
+    made: Sequence[object] = program.graph.output_node().args[0]
+    made = made[len(made) - len(leaves) :]  # behind changed buffers
     taken = {value.name for value in graph.inputs}
-    for value, (path, _) in zip(graph.outputs, leaves):
+    for value, (path, _) in zip(graph.outputs, (leaf for leaf in leaves if made[leaf[1]] is not None)):
         name = "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
         name = name if name and not name[0].isdigit() else f"output_{name}".rstrip("_")
-        value.name = f"{name}_output" if name in taken else name
+        while name in taken:
+            name += "_output"
+        taken.add(name)
+        value.name = name

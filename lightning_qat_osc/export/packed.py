@@ -137,10 +137,15 @@ def load_packed(path: str | PathLike[str], module: Module) -> Module:
         ImportError: If safetensors is not installed.
         FileNotFoundError: If there is no such file.
         TypeError: If ``path`` is no path, or ``module`` no module.
-        ValueError: If the file is no packed model, is damaged, or does not fit the module.
+        ValueError: If the file is no packed model, is damaged, or does not fit the module, or that is converted.
     """
     check_file("path", path)
     check_module("module", module)
+    if _hooks(module):
+        raise ValueError(
+            f"module must be as its class makes it, and this {type(module).__name__} is converted: its inputs would be "
+            "quantized twice"
+        )
     manifest, tensors = _read(path)
     plain = without_quantizers(module)
     weights = {

@@ -223,7 +223,7 @@ def _store_integers(graph: fx.Graph, constants: dict[str, Tensor], weights: Mapp
         if weight is None:
             continue
         constants[node.target] = weight.values
-        scale, zero_point = (_unused(f"{node.target}_{part}", constants) for part in ("scale", "zero_point"))
+        grids: dict[int, tuple[str, str]] = {}  # by the dimension of output channels, of which two users may have two
         for user in list(node.users):
             limits = weight.quant_min, weight.quant_max, torch.int8
             axis = _output_channels(user) if weight.channel_axis is None else weight.channel_axis
@@ -232,10 +232,13 @@ def _store_integers(graph: fx.Graph, constants: dict[str, Tensor], weights: Mapp
                     arguments = node, weight.scale.item(), 0, *limits
                     dequantized = graph.call_function(_quantized.dequantize_per_tensor.default, arguments)
                 else:
-                    channels = weight.values.shape[axis]
-                    constants[scale] = weight.scale.float().flatten().expand(channels).clone()
-                    constants[zero_point] = torch.zeros(channels, dtype=torch.int64)
-                    grid = (graph.create_node("get_attr", name) for name in (scale, zero_point))
+                    if axis not in grids:
+                        names = (_unused(f"{node.target}_{part}", constants) for part in ("scale", "zero_point"))
+                        scale, zero_point = grids[axis] = (*names,)  # type: ignore[assignment]
+                        channels = weight.values.shape[axis]
+                        constants[scale] = weight.scale.float().flatten().expand(channels).clone()
+                        constants[zero_point] = torch.zeros(channels, dtype=torch.int64)
+                    grid = (graph.create_node("get_attr", name) for name in grids[axis])
                     arguments = node, *grid, axis, *limits
                     dequantized = graph.call_function(_quantized.dequantize_per_channel.default, arguments)
             user.replace_input_with(node, dequantized)

@@ -593,3 +593,104 @@ def test_an_lstm_with_a_projection_is_refused(tmp_path, bits):
     model = calibrated(Projects(), x, weight_bits=bits, activation_bits=None)
     with pytest.raises(RuntimeError, match="drops the projection|'lstm'"):
         export_onnx(model, tmp_path / "m.onnx", x)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_of_equal_integers_have_a_scale_each(tmp_path, bits):
+    torch.manual_seed(0)
+    one, other = nn.Linear(6, 6), nn.Linear(6, 6)
+    other.load_state_dict({name: 4.0 * p for name, p in one.state_dict().items()})
+    x = torch.randn(4, 6)
+    model = calibrated(nn.Sequential(one, nn.ReLU(), other), x, weight_bits=bits, activation_bits=None)
+    export_onnx(model, tmp_path / "model.onnx", x)
+    assert_close(run(tmp_path / "model.onnx", x, optimized=False)[0], outputs(model, x))
+
+
+def test_an_encoder_that_copies_its_layer(tmp_path):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    x = torch.randn(3, 4, 8)
+    model = calibrated(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), x, activation_bits=None)
+    export_onnx(model, tmp_path / "model.onnx", x)
+    assert_close(run(tmp_path / "model.onnx", x, optimized=False)[0], outputs(model, x), 1e-5)
+
+
+class SharedBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image, self.sequence = nn.Conv2d(3, 4, 3, padding=1), nn.Conv1d(3, 4, 3, padding=1)
+        self.sequence.bias = self.image.bias
+
+    def forward(self, x):
+        return self.image(x).flatten(2) + self.sequence(x.flatten(2))
+
+
+def test_a_bias_of_two_kinds_of_convolutions(tmp_path):
+    x = torch.randn(2, 3, 4, 4)
+    model = calibrated(SharedBias(), x)
+    export_onnx(model, tmp_path / "model.onnx", x)
+    assert_close(run(tmp_path / "model.onnx", x)[0], outputs(model, x))
+
+
+class WithoutAuxiliary(nn.Module):
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+        self.hidden, self.head = nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        hidden = self.hidden(x)
+        values = None, hidden, self.head(hidden.relu())
+        return values if self.names is None else dict(zip(self.names, values))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(("aux", "hidden", "logits"), ["hidden", "logits"]), (None, ["output_1", "output_2"])],
+)
+def test_an_output_that_is_none_has_no_name(tmp_path, names, expected):
+    x = torch.randn(3, 4)
+    export_onnx(calibrated(WithoutAuxiliary(names), x), tmp_path / "model.onnx", x)
+    assert {o.name: o.shape[1] for o in session(tmp_path / "model.onnx").get_outputs()} == dict(zip(expected, (5, 2)))
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return {"a": [y, y + 1.0], "a_0": y + 2.0}
+
+
+def test_outputs_whose_names_would_be_one(tmp_path):
+    x = torch.randn(3, 4)
+    export_onnx(calibrated(Nested(), x), tmp_path / "model.onnx", x)
+    names = [o.name for o in session(tmp_path / "model.onnx").get_outputs()]
+    assert names == ["a_0", "a_1", "a_0_output"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_batch_norm_behind_a_linear_layer_in_full_precision(tmp_path, bias):
+    x = torch.randn(8, 5)
+    model = nn.Sequential(nn.Linear(5, 7, bias=bias), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3))
+    model = calibrated(model, x, weight_bits=None, activation_bits=8)
+    export_onnx(model, tmp_path / "model.onnx", x)
+    assert_close(run(tmp_path / "model.onnx", x, optimized=False)[0], outputs(model, x), 1e-5)
+
+
+class Sequences(nn.Conv1d):
+    """Of [N, L, C]."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_the_bias_is_apart_where_data_move_ahead_of_a_convolution(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(32, 20, 8)
+    layers = [Sequences(8, 16, 3), nn.ReLU(), Sequences(16, 16, 3), nn.ReLU(), Sequences(16, 16, 3)]
+    model = calibrated(nn.Sequential(*layers), x)
+    export_onnx(model, tmp_path / "model.onnx", x)
+    assert operators(tmp_path / "model.onnx")["Sum"] == 3
+    assert_close(run(tmp_path / "model.onnx", x)[0], outputs(model, x))

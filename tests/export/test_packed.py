@@ -263,3 +263,10 @@ def test_a_norm_folded_into_a_weight_that_was_computed(tmp_path, norm):
     save_packed(model, tmp_path / "m.safetensors", fold_batch_norm=True)
     loaded = load_packed(tmp_path / "m.safetensors", make())
     assert_same_model(loaded, convert(model, fold_batch_norm=True))
+
+
+def test_a_converted_model_is_refused(tmp_path):
+    model = calibrated(nn.Sequential(nn.Linear(4, 4)), torch.randn(8, 4))
+    save_packed(model, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="module must be as its class makes it, and this Sequential is converted"):
+        load_packed(tmp_path / "model.safetensors", convert(model))

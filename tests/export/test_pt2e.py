@@ -181,3 +181,20 @@ def test_a_norm_behind_a_convolution_without_a_batch_stays(length):
     program = export_program(model, x, dynamic_batch=False)
     with torch.no_grad():
         assert torch.allclose(program.module()(x), model(x), atol=1e-6)
+
+
+class TiedConvolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv2d(3, 8, 3, padding=1), nn.ConvTranspose2d(8, 3, 3, padding=1)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x).relu())
+
+
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_a_weight_of_a_convolution_and_a_transposed_one(activation_bits):
+    x = torch.randn(2, 3, 6, 6)
+    model = calibrated(TiedConvolutions(), x, activation_bits=activation_bits)
+    torch.testing.assert_close(export_program(model, x).module()(x), model(x), rtol=1e-5, atol=1e-5)
