@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -42,7 +43,7 @@ _SEED = 0  # the same batches at each evaluation, so that epochs differ by their
 
 
 class _QuietTrainer:
-    """Stands in for the Trainer during a pass: ``self.log`` and the loggers do nothing, the rest is the Trainer's."""
+    """Stands in for a module's and its data's Trainer during a pass: it trains, ``log`` and the loggers do nothing."""
 
     barebones = True  # LightningModule.log returns early
     training = True
@@ -133,12 +134,17 @@ def without_side_effects(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     with modes[0], modes[1], _fixed_rng(_SEED), _restored_state(pl_module), eagerly(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*You are trying to `self.log\\(\\)`.*")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        pl_module.trainer = _QuietTrainer(trainer)  # type: ignore[assignment]
+        quiet: Any = _QuietTrainer(trainer)
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        owners = [pl_module] if datamodule is None else [pl_module, datamodule]
+        for owner in owners:
+            owner.trainer = quiet
         try:
             pl_module.eval()
             yield
         finally:
-            pl_module.trainer = trainer
+            for owner in owners:
+                owner.trainer = trainer
             reshard(pl_module)
 
 
@@ -176,7 +182,16 @@ def training_pass(
     indices = count()
 
     def run_step(batch: Any) -> object:
-        return trainer.strategy.training_step(*((batch, next(indices)) if takes_index else (batch,)))
+        try:
+            return trainer.strategy.training_step(*((batch, next(indices)) if takes_index else (batch,)))
+        except Exception as error:
+            if sys.version_info >= (3, 11):
+                error.add_note(
+                    "This pass over training batches runs training_step on its own: in evaluation mode, without "
+                    "gradients, maybe before the module's own hooks of an epoch or a batch. If that is why it fails, "
+                    "give forward_fn, a function of the LightningModule and a batch that only runs the network."
+                )
+            raise
 
     return run_step
 
@@ -234,11 +249,8 @@ def _copied(sampler: Any) -> Any:
 
 def _generators(loader: Any) -> list[torch.Generator]:
     """The generators that iterating a loader advances."""
-    holders = (
-        loader,
-        getattr(loader, "sampler", None),
-        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
-    )
+    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    holders = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
     return [g for g in found if isinstance(g, torch.Generator)]
 
@@ -293,6 +305,8 @@ def training_batches(
     if datamodule is not None and is_overridden("on_before_batch_transfer", datamodule):
         before_transfer = datamodule.on_before_batch_transfer
     try:
+        for generator, _ in states:
+            generator.manual_seed(_SEED)
         for batch, _, _ in islice(combined, int(limit)):
             batch = before_transfer(trainer.precision_plugin.convert_input(batch), 0)
             yield trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)

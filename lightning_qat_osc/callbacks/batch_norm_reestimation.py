@@ -62,6 +62,7 @@ class BatchNormReestimation(pl.Callback):
         self.forward_fn = forward_fn
         self._layers: dict[str, _BatchNorm] = {}
         self._trained: dict[str, _BatchNorm] = {}  # the layers whose statistics training does not use
+        self._left_alone: list[str] | None = None  # the others, once a training step has shown them
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that ``training_step`` can be run, and note which layers it may be for."""
@@ -75,19 +76,28 @@ class BatchNormReestimation(pl.Callback):
         self._find(pl_module, "fit")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look again, if there was nothing before ``configure_model``."""
-        if not self._layers:
+        """Look again, after ``configure_model`` and the checkpoint."""
+        if trainer.state.fn != "fit":
             self._find(pl_module, "validate")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look again, if there was nothing before ``configure_model``."""
-        if not self._layers:
-            self._find(pl_module, "test")
+        """Look again, after ``configure_model`` and the checkpoint."""
+        self._find(pl_module, "test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The layers that training keeps in evaluation mode: by itself the module does not say so outside of it."""
+        return {"left_alone": self._left_alone}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what the run that the checkpoint is of left alone."""
+        self._left_alone = state_dict["left_alone"]
 
     def _find(self, pl_module: pl.LightningModule, stage: str) -> None:
         self._layers = batch_norm_layers(pl_module)
         self._trained = {name: bn for name, bn in self._layers.items() if bn.training}
-        if stage != "fit" and not self._trained:
+        if stage != "fit" and self._left_alone is not None:
+            self._trained = {name: bn for name, bn in self._layers.items() if name not in self._left_alone}
+        elif stage != "fit" and not self._trained:
             self._trained = self._layers  # the module as a whole is in evaluation mode: nothing is frozen
         if self._trained and self.forward_fn is None and not can_run_training_step(pl_module):
             raise MisconfigurationException(
@@ -102,6 +112,7 @@ class BatchNormReestimation(pl.Callback):
         if batch_idx == 0:
             self._layers = batch_norm_layers(pl_module)
         self._trained = {name: bn for name, bn in self._layers.items() if bn.training}
+        self._left_alone = [name for name in self._layers if name not in self._trained]
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Re-estimate, and log how far the statistics were off."""

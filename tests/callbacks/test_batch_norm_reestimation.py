@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import ConvModule, Data, Manual, dataset, loader, trainer
 from torch.optim.swa_utils import get_ema_avg_fn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from torchmetrics import MeanMetric
 
 from lightning_qat_osc import (
@@ -204,7 +204,7 @@ def test_a_datamodule_that_sets_up_by_stage():
 def test_training_data_that_cannot_be_made_outside_fit_is_told():
     class OnlyInFit(Data):
         def train_dataloader(self):
-            if not self.trainer.training:
+            if self.trainer.state.fn != "fit":
                 raise AttributeError("no train_set")
             return super().train_dataloader()
 
@@ -359,3 +359,82 @@ def test_layers_made_in_configure_model_are_found_after_a_resume_and_in_a_test(t
         MadeLate(), Data(), ckpt_path=tmp_path / "step=8.ckpt", verbose=False
     )
     assert len(calls) == 1
+
+
+class FrozenBackbone(ConvModule):
+    """Batch norm is in the backbone alone, or in the rest too."""
+
+    def __init__(self, everywhere):
+        super().__init__()
+        self.bn1.running_mean.fill_(0.5)
+        if not everywhere:
+            self.bn2 = torch.nn.Identity()
+
+    def on_train_epoch_start(self):
+        self.bn1.eval()
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_frozen_batch_norm_stays_in_test_too(tmp_path, everywhere):
+    def callbacks():
+        return [qat(), BatchNormReestimation(num_batches=2)]
+
+    module, t = FrozenBackbone(everywhere), trainer(callbacks())
+    t.fit(module, Data())
+    t.save_checkpoint(tmp_path / "last.ckpt")
+    module.train()
+    expected = t.test(module, Data(), verbose=False)
+    again = FrozenBackbone(everywhere)
+    assert trainer(callbacks()).test(again, Data(), ckpt_path=tmp_path / "last.ckpt", verbose=False) == expected
+    for one in (module, again):
+        assert torch.equal(one.bn1.running_mean, torch.full((4,), 0.5))
+
+
+def test_a_data_module_that_augments_sees_a_training_trainer():
+    class Augments(Data):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return (batch[0] + 2.0 if self.trainer.training else batch[0]), batch[1]
+
+    means = []
+
+    class Look(L.Callback):
+        def on_validation_epoch_start(self, trainer, pl_module):
+            means.append(pl_module.bn1.running_mean.clone())
+
+    module, augments = ConvModule(), Augments()
+    t = trainer([qat(), BatchNormReestimation(num_batches=8), Look()], num_sanity_val_steps=0)
+    t.fit(module, augments)
+    assert torch.equal(means[-1], module.bn1.running_mean)  # on_train_end: no step was made in between
+    assert augments.trainer is t
+
+
+class OwnBatches(Sampler):
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __iter__(self):
+        return iter(torch.randperm(64, generator=self.generator).view(8, 8).tolist())
+
+    def __len__(self):
+        return 8
+
+
+@pytest.mark.parametrize("kind", ["generator", "batch_sampler"])
+def test_generators_of_a_loader_give_the_same_batches_each_time(kind):
+    class Spy(ConvModule):
+        def training_step(self, batch, batch_idx):
+            (train if torch.is_grad_enabled() else passes).append(batch[0][:, 0, 0, 0].tolist())
+            return super().training_step(batch, batch_idx)
+
+    runs = []
+    for more in ([], [BatchNormReestimation(num_batches=1)]):
+        passes, train = [], []
+        batches = {"batch_sampler": OwnBatches()}
+        if kind == "generator":
+            batches = {"batch_size": 8, "shuffle": True, "generator": torch.Generator().manual_seed(0)}
+        torch.manual_seed(0)
+        t = trainer([qat(calibration_batches=1), *more], max_epochs=3, num_sanity_val_steps=0)
+        t.fit(Spy(), DataLoader(dataset(), **batches), loader(32, 16))
+        runs.append(train)
+    assert runs[0] == runs[1]
+    assert passes[1] == passes[2] == passes[3]
