@@ -47,7 +47,7 @@ class Quantizer(nn.Module):
     def __init__(self, bits: int | None, scale_shape: Sequence[int], *, pinned: bool = False) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.empty(tuple(scale_shape), dtype=torch.float32))  # whatever the default dtype
-        self.bits = bits
+        self.bits = self._bits_asked = bits
         self.pinned = pinned
         self.scale_grad: Tensor | None = None
         self.fused = False
@@ -99,6 +99,17 @@ class Quantizer(nn.Module):
         self.calibrated = True
         self._write_grid()
 
+    def begin_anew(self) -> None:
+        """Be as it was made: to be calibrated."""
+        self.bits = self._bits_asked
+        self.reset_parameters()
+
+    def take_over(self, other: Quantizer) -> None:
+        """Have the bits and the range of another quantizer."""
+        self.set_bits(other.bits)
+        if other.calibrated:
+            self.set_range(whole(other.scale.detach()), other.quant_min, other.quant_max, other.zero_point)
+
     def set_bits(self, bits: int | None) -> None:
         """Change the width, before calibration."""
         self.bits = bits
@@ -130,7 +141,7 @@ class Quantizer(nn.Module):
         return super()._apply(keep_precision, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the quantizer if the checkpoint has it; a full-precision one leaves it to be calibrated."""
+        """Load the quantizer, if the checkpoint has it."""
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
             self._read_grid()
@@ -384,8 +395,16 @@ class QuantizedLayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *keys_and_errors: list[str]
     ) -> None:
-        """Load the layer, and name what the state quantizes and this layer leaves in full precision."""
+        """Load the layer, and name what the state quantizes and this layer leaves in full precision.
+
+        Its weights from a state without quantizers leave these to be calibrated anew.
+        """
         self.float_class._load_from_state_dict(self, state_dict, prefix, metadata, strict, *keys_and_errors)
+        own = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        weights = [key for key in own for name in weight_names(self) if name in key]  # its, or what computes them
+        if weights and not any("_quantizer." in key for key in own):
+            for quantizer in self.quantizers():
+                quantizer.begin_anew()
         for key in state_dict if strict else ():
             child = key.removeprefix(prefix).removesuffix(".grid")
             if child.endswith("_quantizer") and "." not in child and child not in self._modules:

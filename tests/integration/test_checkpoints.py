@@ -239,3 +239,50 @@ def test_a_truncated_file_loses_nothing(runs, tmp_path, share):
 def test_a_folder_of_shards_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(ValueError, match="is a folder of shards: put them together with .*consolidate_checkpoint"):
         load_quantized(ConvModule, tmp_path)
+
+
+def test_weights_in_full_precision_begin_anew(runs):
+    folder, _ = runs
+    state = torch.load(folder / "float.ckpt", weights_only=True)["state_dict"]
+    for load in (
+        lambda module: module.load_state_dict(state),
+        lambda module: module.load_state_dict(state, strict=False),
+    ):
+        torch.manual_seed(0)
+        module = ConvModule(lr=0.3)
+        own = [QuantizationAwareTraining(2, 3), IterativeFreezing(threshold=0.06, momentum=0.05)]
+        trainer(own, max_epochs=8).fit(module, Data())
+        assert any(s.frozen.any() for s in oscillation_states(module).values())
+        bits = [q.bits for q in quantizers(module)]
+        load(module)
+        assert not any(q.calibrated for q in quantizers(module))
+        assert not oscillation_states(module)
+        torch.manual_seed(0)
+        module.hparams.lr = 0.05
+        trainer([QuantizationAwareTraining(2, 3)], max_epochs=1).fit(module, Data())
+        assert [q.bits for q in quantizers(module)] == bits
+        fresh = ConvModule()
+        fresh.load_state_dict(state)
+        torch.manual_seed(0)
+        trainer([QuantizationAwareTraining(2, 3)], max_epochs=1).fit(fresh, Data())
+        assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), fresh.state_dict().values()))
+
+
+def test_a_quantized_module_is_tested_with_weights_in_full_precision(runs):
+    folder, _ = runs
+    expected = trainer([]).test(ConvModule(), Data(), ckpt_path=folder / "float.ckpt", verbose=False)
+    module, callback = ConvModule(), QuantizationAwareTraining(2, 3)
+    trainer([callback], max_epochs=1).fit(module, Data())
+    with pytest.warns(UserWarning, match="no ranges yet, so this runs in full precision"):
+        result = trainer([callback]).test(module, Data(), ckpt_path=folder / "float.ckpt", verbose=False)
+    assert result[0]["test_loss"] == pytest.approx(expected[0]["test_loss"], rel=1e-6)
+
+
+def test_a_state_of_something_else_changes_nothing(runs):
+    module = ConvModule()
+    own = [QuantizationAwareTraining(2, 3), IterativeFreezing(threshold=0.06, momentum=0.05)]
+    trainer(own, max_epochs=1).fit(module, Data())
+    before = copy.deepcopy(module.state_dict())
+    module.load_state_dict({"bn1.bias": before["bn1.bias"]}, strict=False)
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), before.values()))
+    assert oscillation_states(module)
