@@ -27,26 +27,27 @@ class _LogSteps:
     Args:
         quantizers: The quantizers whose scales to move.
         optimizer: The user's optimizer, whose schedule the learning rate follows.
-        learning_rate: Adam's learning rate while the user's is at its peak.
+        learning_rate: Adam's learning rate while that of the group that a scale is in is at its peak.
     """
 
     def __init__(self, quantizers: list[Quantizer], optimizer: Optimizer, learning_rate: float) -> None:
         self.quantizers = quantizers
         self._optimizer = optimizer
         self._learning_rate = learning_rate
-        group = optimizer.param_groups[0]
-        self._peak = max(float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
+        self.peaks: list[float] = []  # of the learning rate of each group
+        self._shares()
         self._steps = [nn.Parameter(torch.zeros_like(q.scale)) for q in quantizers]
         self.adam = Adam(self._steps, lr=learning_rate, fused=True)  # one kernel for all
 
     def step(self) -> None:
         """Move the scales by the gradients that were taken for them."""
-        now = float(self._optimizer.param_groups[0]["lr"])
-        share = min(1.0, now / self._peak) if self._peak > 0.0 else 1.0
-        self.adam.param_groups[0]["lr"] = share * self._learning_rate
         moved = [(q, step) for q, step in zip(self.quantizers, self._steps) if q.scale_grad is not None]
         if not moved:
             return
+        of_parameter = self._shares()
+        shares = [of_parameter.get(id(q.scale), 1.0) for q, _ in moved]
+        largest = max(shares)
+        self.adam.param_groups[0]["lr"] = largest * self._learning_rate
         scales: list[Tensor] = [q.scale for q, _ in moved]
         steps: list[Tensor] = [step for _, step in moved]
         gradients = torch._foreach_mul([q.scale_grad for q, _ in moved if q.scale_grad is not None], scales)
@@ -54,25 +55,37 @@ class _LogSteps:
             step.grad, q.scale_grad = gradient, None
         torch._foreach_zero_(steps)
         self.adam.step()
+        if min(shares) < largest:  # to which Adam's steps are proportional
+            torch._foreach_mul_(steps, [share / largest for share in shares])
         torch._foreach_mul_(scales, list(torch._foreach_exp(steps)))
         self.adam.zero_grad()
+
+    def _shares(self) -> dict[int, float]:
+        """By the id of a parameter, how much of its peak the learning rate of its group has now."""
+        shares: dict[int, float] = {}
+        for i, group in enumerate(self._optimizer.param_groups):
+            if i == len(self.peaks):  # at first, or where a callback has added it
+                self.peaks.append(max(float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr")))
+            share = min(1.0, float(group["lr"]) / self.peaks[i]) if self.peaks[i] > 0.0 else 1.0
+            shares.update(dict.fromkeys(map(id, group["params"]), share))
+        return shares
 
 
 class ScaleUpdates:
     """Moves the scales with an Adam of their own, whatever optimizer the user has.
 
     The scales are parameters of the user's optimizer, so ``zero_grad`` and the unscaling of gradients reach them; they
-    are added to its first group if it was built without them, which no learning-rate scheduler notices, and taken out
-    of every other optimizer. Scales that a finetuning callback has frozen are left to it, which adds them with the
-    weights. Before its step their gradients are taken out of its sight: it leaves alone what has no gradient, its
-    weight decay included, and the norm by which the weights' gradients are clipped is theirs alone. After its step
-    Adam's is made.
+    are added to the group of their layer's largest parameter if it was built without them, which no learning-rate
+    scheduler notices, and taken out of every other optimizer. Scales that a finetuning callback has frozen are left to
+    it, which adds them with the weights. Before its step their gradients are taken out of its sight: it leaves alone
+    what has no gradient, its weight decay included, and the norm by which the weights' gradients are clipped is theirs
+    alone. After its step Adam's is made.
 
     Args:
         optimizers: The user's optimizers.
         module: The quantized model. A layer's scales go with the optimizer of its largest parameter that has one, or
             else with the first.
-        learning_rate: Adam's, for the logarithm of a scale. It follows the schedule of the optimizer's first group.
+        learning_rate: Adam's, for the logarithm of a scale. It follows the schedule of the group that the scale is in.
 
     Raises:
         MisconfigurationException: If an optimizer is L-BFGS, which evaluates the loss several times a step.
@@ -85,26 +98,33 @@ class ScaleUpdates:
                     "LBFGS evaluates the loss several times a step, in which scales and oscillations have no step of "
                     "their own: use a first-order optimizer such as SGD or AdamW."
                 )
-        owned = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
-        owner: dict[Quantizer, int] = {}
+        places = {
+            id(p): (i, j)
+            for i, optimizer in reversed(list(enumerate(optimizers)))  # the first has it
+            for j, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+        }
+        owner: dict[Quantizer, tuple[int, int]] = {}  # optimizer and group
         for layer in quantized_layers(module).values():
             parameters = sorted(own_parameters(layer), key=Tensor.numel, reverse=True)
-            index = next((i for p in parameters for i, ids in enumerate(owned) if id(p) in ids), 0)
+            place = next((places[id(p)] for p in parameters if id(p) in places), (0, 0))
             for q in layer.quantizers():
-                owner.setdefault(q, index)
+                owner.setdefault(q, place)
         names = {id(p): name for name, p in module.named_parameters()}
         self._updates: dict[Optimizer, _LogSteps] = {}
-        for i, (optimizer, ids) in enumerate(zip(optimizers, owned)):
-            others = {id(q.scale) for q, index in owner.items() if index != i}
+        for i, optimizer in enumerate(optimizers):
+            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            others = {id(q.scale) for q, (index, _) in owner.items() if index != i}
             for group in optimizer.param_groups if ids & others else []:  # where a rule such as p.ndim < 2 sorts them
                 _keep(group, [id(p) not in others for p in group["params"]])
-            own = [q for q, index in owner.items() if index == i]
+            own = [q for q, (index, _) in owner.items() if index == i]
             if own and optimizer.param_groups:  # Lightning's stand-in for no optimizer has none
-                new = [q.scale for q in own if id(q.scale) not in ids and q.scale.requires_grad]
-                group = optimizer.param_groups[0]
-                group["params"] += new
-                if "param_names" in group:
-                    group["param_names"] += [names[id(scale)] for scale in new]
+                for q in own:
+                    if id(q.scale) not in ids and q.scale.requires_grad:
+                        group = optimizer.param_groups[owner[q][1]]
+                        group["params"].append(q.scale)
+                        if "param_names" in group:
+                            group["param_names"].append(names[id(q.scale)])
                 self._updates[optimizer] = _LogSteps(own, optimizer, learning_rate)
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -121,7 +141,7 @@ class ScaleUpdates:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """States of the Adams, in the order of the user's optimizers, whole where scales are sharded."""
-        states = [update.adam.state_dict() for update in self._updates.values()]
+        states = [{**update.adam.state_dict(), "peaks": update.peaks} for update in self._updates.values()]
         for state in states:
             state["state"] = {i: {k: whole(v) for k, v in values.items()} for i, values in state["state"].items()}
         return states
@@ -129,6 +149,7 @@ class ScaleUpdates:
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """Restore the Adams."""
         for update, state in zip(self._updates.values(), states):
+            update.peaks = list(state["peaks"])
             update.adam.load_state_dict(state)
             for step, values in update.adam.state.items():
                 values.update({k: shard_whole(v, step) for k, v in values.items() if v.shape == step.shape})
