@@ -14,8 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_qat_osc.config import QuantConfig
+from lightning_qat_osc.copies import untrained_copies
 from lightning_qat_osc.lookup import own_parameters, quantized_layers, weight_name
 from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, latent_weight
 from lightning_qat_osc.surgery import quantizable_layers
@@ -114,6 +117,43 @@ class _WatchesWeights(TorchFunctionMode):
         return out
 
 
+class _Flow(TorchFunctionMode):
+    """Follows the outputs of layers that are not trained to where they arrive.
+
+    Attributes:
+        arrived: Names of those of which a trained layer has read the output, or what was computed from it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arrived: set[str] = set()
+        self._sources = WeakTensorKeyDictionary()  # tensor -> names of layers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sources = self._of((args, kwargs)) if len(self._sources) else None
+        if sources:
+            self._add(out, sources)
+        return out
+
+    def leave(self, name: str, output: Any) -> None:
+        """Note a layer's output."""
+        self._add(output, {name})
+
+    def arrive(self, inputs: Any) -> None:
+        """Note a trained layer's inputs."""
+        self.arrived |= self._of(inputs)
+
+    def _of(self, values: Any) -> set[str]:
+        tensors = (x for x in tree_leaves(values) if isinstance(x, Tensor))
+        return set().union(*(self._sources.get(x, ()) for x in tensors))  # type: ignore[no-untyped-call]
+
+    def _add(self, values: Any, sources: set[str]) -> None:
+        for x in tree_leaves(values):
+            if isinstance(x, Tensor):
+                self._sources[x] = {*self._sources.get(x, ()), *sources}  # type: ignore[no-untyped-call]
+
+
 class Calibrator:
     """Initialises the ranges of a quantized model from the inputs that its layers see.
 
@@ -129,7 +169,8 @@ class Calibrator:
         trainable = {n for n, layer in self._layers.items() if any(p.requires_grad for p in own_parameters(layer))}
         self._trainable = trainable or set(self._layers)
         self._observed: dict[tuple[str, str], _Observed] = {}  # by layer and argument
-        self._called: set[str] = set()
+        self._called: dict[str, None] = {}  # in the order of first calls
+        self._flow = _Flow()
         self._first: str | None = None
         self._last: str | None = None
         self._running: list[tuple[str, nn.Module]] = []
@@ -151,19 +192,20 @@ class Calibrator:
         with ExitStack() as watching:
             for name, layer in self._layers.items():
                 before = layer.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
-                after = layer.register_forward_hook(self._leave, always_call=True)
+                after = layer.register_forward_hook(partial(self._leave, name), always_call=True)
                 watching.callback(before.remove)
                 watching.callback(after.remove)
             watching.callback(self._running.clear)
             if weights:
                 watching.enter_context(self._watch)
+                watching.enter_context(self._flow)
             yield
 
     def _enter(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._running.append((name, layer))
-        self._called.add(name)
+        self._called[name] = None
         if name in self._trainable:
-            self._first = self._first or name
+            self._flow.arrive((args, kwargs))
             self._last = name
         if not isinstance(layer, QuantizedLayer):
             return
@@ -178,9 +220,11 @@ class Calibrator:
             if x.is_floating_point() and x.numel() > 0:
                 observed.add(x)
 
-    def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
         if self._running:
             self._running.pop()
+        if name not in self._trainable:
+            self._flow.leave(name, output)
 
     def finish(self) -> list[str]:
         """Set the bits of the first and the last layer and the range of every quantizer that has none yet.
@@ -190,8 +234,11 @@ class Calibrator:
         Returns:
             A sentence for each layer of which there is something to tell.
         """
+        own = self._trainable | self._flow.arrived  # a backbone that is frozen, but no teacher
+        self._first = next((name for name in self._called if name in own), None)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self._gather()
+        copies = untrained_copies(self._layers, self._trainable, self._called)
         words: list[str] = []
         if self._config.first_last_bits is not None:
             words += self._set_first_last_bits(self._config.first_last_bits)
@@ -204,9 +251,23 @@ class Calibrator:
             for name, function in self._watch.changed_inside.items()
         ]
         for name, layer in self._layers.items():
-            if isinstance(layer, QuantizedLayer):
+            if isinstance(layer, QuantizedLayer) and not self._has_grids_of(copies.get(name), layer):
                 words += [f"Layer '{name}': {word}." for word in self._calibrate(name, layer)]
+        for name, original in copies.items():
+            if self._has_grids_of(original, self._layers[name]):
+                for q, other in zip(self._layers[name].quantizers(), self._layers[original].quantizers()):  # type: ignore[operator]
+                    q.take_over(other)
         return words
+
+    def _has_grids_of(self, original: str | None, layer: nn.Module) -> bool:
+        """Whether a copy is quantized as its original is, and has no ranges yet: averages of scales are to fit both."""
+        other = None if original is None else self._layers[original]
+        if not isinstance(layer, QuantizedLayer) or not isinstance(other, QuantizedLayer):
+            return False
+        one = [(type(q), q.pinned and q.bits) for q in layer.quantizers()]
+        return one == [(type(q), q.pinned and q.bits) for q in other.quantizers()] and not any(
+            q.calibrated for q in layer.quantizers()
+        )
 
     def _set_first_last_bits(self, bits: int) -> Iterator[str]:
         ends = {self._first, self._last} - {None}
@@ -256,7 +317,10 @@ class Calibrator:
         low, high = torch.stack(seen.lows).amin().item(), torch.stack(seen.highs).amax().item()
         if low == high == 0.0:
             return "its input was 0 throughout calibration and stays in full precision"
-        quantizer.calibrate(torch.cat(seen.samples), low, high)
+        sample = torch.cat(seen.samples)
+        if not bool(sample.any()):  # a few values in many zeros, which it has missed
+            sample = sample.new_tensor([low, high])
+        quantizer.calibrate(sample, low, high)
         if not bool(torch.stack(seen.finite).all()):
             return "its input held NaN or inf during calibration; its range comes from the finite values"
         return None

@@ -22,6 +22,7 @@ __all__ = [
     "hidden_weights",
     "no_layer_to_quantize",
     "off_the_fused_path",
+    "parted_weights",
     "quantizable_layers",
     "quantize_model",
     "unquantized_layers",
@@ -240,6 +241,15 @@ def hidden_weights(module: nn.Module) -> list[str]:
     ]
 
 
+def parted_weights(module: nn.Module) -> list[str]:
+    """Names of two weights that are one parameter and have a quantizer each: it was tied later."""
+    first: dict[nn.Parameter, str] = {}
+    for name, weight, _ in weights_with_quantizers(module):  # of each quantizer one
+        if first.setdefault(weight, name) != name:
+            return [first[weight], name]
+    return []
+
+
 def _check_shared_weights(new: dict[str, nn.Module], planned: dict[str, _LayerBits]) -> None:
     """Layers that share a weight share its quantizer, and so its bits.
 
@@ -337,6 +347,7 @@ def _insert(layer: nn.Module, config: QuantConfig, bits: _LayerBits, shared: dic
             method=config.weight_range,
             pinned=bits.weight_pinned,
         )
+        weights[parameter].pinned |= bits.weight_pinned  # a rule may name any of the layers that share the weight
         shared[weight] = weights[parameter]
     like = latent_weight(layer, kind.weights(layer)[0])
     quantized_inputs = {

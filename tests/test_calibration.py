@@ -160,3 +160,24 @@ def test_hooks_of_other_kinds_are_not_taken_for_norms():
     layer = nn.Linear(4, 4)
     layer.register_forward_pre_hook(Hook())
     quantize_model(layer, QuantConfig(3, None, first_last_bits=None))
+
+
+@pytest.mark.parametrize("method", ["mse", "percentile", "lsq", "minmax"])
+def test_values_that_the_sample_has_missed(method):
+    x = torch.zeros(8, 2**15)
+    x[0, 1] = x[3, 3] = 2.0
+    net = nn.Sequential(nn.Linear(2**15, 1))
+    calibrate(net, QuantConfig(None, 4, first_last_bits=None, activation_range=method), [x])
+    quantized = net[0].input_quantizer(x)
+    assert quantized.max().item() == pytest.approx(2.0, rel=0.3)
+    assert not quantized[x == 0].any()
+
+
+def test_a_rule_for_either_of_two_layers_with_one_weight():
+    for name in ("embedding", "head"):
+        net = nn.ModuleDict({"embedding": nn.Embedding(10, 4), "head": nn.Linear(4, 10, bias=False)})
+        net["head"].weight = net["embedding"].weight
+        net.forward = lambda i, net=net: net["head"](net["embedding"](i))
+        calibrate(net, QuantConfig(4, None, rules=[LayerRule(name, weight_bits=4)]), [torch.arange(10)])
+        assert net["head"].weight_quantizer is net["embedding"].weight_quantizer
+        assert net["head"].weight_quantizer.bits == 4

@@ -119,6 +119,7 @@ class OscillationDampening(pl.Callback):
         losses = [
             dampening_loss(weight, q.scale, q.quant_min, q.quant_max, self.aggregation)
             for _, weight, q in quantized_weights(pl_module, self.max_bits)
+            if weight.requires_grad
         ]
         pl_module.log("oscillation/dampening_weight", self._weight)
         if losses:

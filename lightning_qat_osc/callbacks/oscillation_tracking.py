@@ -9,7 +9,7 @@ import torch
 
 from lightning_qat_osc.callbacks._optimizer_steps import is_log_step
 from lightning_qat_osc.callbacks._tracks_oscillation import TracksOscillation
-from lightning_qat_osc.lookup import oscillation_states
+from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.metrics import FrozenShare, OscillatingShare, OscillationFrequency
 
 __all__ = ["OscillationTracking"]
@@ -52,7 +52,8 @@ class OscillationTracking(TracksOscillation):
             self._log(pl_module, on_step=False)
 
     def _log(self, pl_module: pl.LightningModule, *, on_step: bool) -> None:
-        states = oscillation_states(pl_module)
+        weights = [w for w in quantized_weights(pl_module, self.max_bits) if w.weight.requires_grad]
+        states = {w.name: w.quantizer.oscillation for w in weights if w.quantizer.oscillation is not None}
         if not states:
             return
         names = list(states)

@@ -45,6 +45,7 @@ from lightning_qat_osc.surgery import (
     bits_differences,
     hidden_weights,
     no_layer_to_quantize,
+    parted_weights,
     quantizable_layers,
     quantize_model,
     unquantized_layers,
@@ -240,6 +241,12 @@ class QuantizationAwareTraining(pl.Callback):
                 f"the quantizers of {', '.join(hidden[:5])} have no effect, because a parametrization that was "
                 "registered after Callback.setup computes the weight: register it in __init__ or configure_model."
             )
+        tied = parted_weights(pl_module)
+        if tied:
+            raise MisconfigurationException(
+                f"{' and '.join(tied)} share a weight, and have a quantizer each, because it was tied after "
+                "Callback.setup: tie weights in __init__ or configure_model."
+            )
         self._choose_kernels(pl_module)
         self._scale_updates = ScaleUpdates(list(trainer.optimizers), pl_module, self.scale_learning_rate)
         if self._saved_scale_updates is not None:
@@ -384,8 +391,13 @@ class QuantizationAwareTraining(pl.Callback):
             self._finish_calibration(calibrator, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if the evaluation is one in full precision; in fit, look for NaN."""
+        """Say so if the evaluation is one in full precision; in fit, look for NaN.
+
+        Under manual optimization, ranges are to come from training batches: those before the first validation have to
+        do.
+        """
         if not trainer.sanity_checking:
+            self._stop_watching(pl_module)
             self._check_bits(pl_module)
             if trainer.state.fn == "fit":
                 self._check_scales(trainer, pl_module)

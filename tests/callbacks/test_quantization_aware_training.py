@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import lightning as L
 import pytest
@@ -6,10 +7,11 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from models import ConvModule, Data, Manual, loader, trainer
+from models import ConvModule, Data, Manual, dataset, loader, trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -561,3 +563,79 @@ def test_a_scale_without_a_gradient_in_a_step_stays_where_it_is():
         moved, still = (0, 1) if i % 2 else (1, 0)
         assert before[moved] != after[moved]
         assert before[still] == after[still]
+
+
+def test_a_frozen_backbone_holds_the_first_layer():
+    class Transfer(ConvModule):
+        def __init__(self):
+            super().__init__()
+            for layer in (self.stem, self.bn1, self.depthwise, self.bn2):
+                layer.requires_grad_(False)
+
+    module = Transfer()
+    trainer([qat()], max_steps=1).fit(module, Data())
+    bits = {n: (x.weight_quantizer.bits, x.input_quantizer.bits) for n, x in quantized_layers(module).items()}
+    assert bits == {"stem": (8, None), "depthwise": (3, 3), "point": (3, 3), "head": (8, 8)}
+
+
+def test_ranges_come_from_training_where_validation_comes_first():
+    class Large(Data):
+        def val_dataloader(self):
+            images, labels = dataset(32).tensors
+            return DataLoader(TensorDataset(images * 1000.0, labels), batch_size=16)
+
+    module = Manual()
+    t = trainer([qat(calibration_batches=20)], max_epochs=2, limit_train_batches=3, num_sanity_val_steps=0)
+    t.fit(module, Large())
+    q = module.depthwise.input_quantizer
+    assert q.scale.item() * q.quant_max < 100.0
+
+
+def test_a_weight_tied_in_setup_is_refused():
+    class Late(ConvModule):
+        def __init__(self):
+            super().__init__()
+            self.twin = nn.Conv2d(4, 8, 1)
+
+        def setup(self, stage):
+            self.twin.weight = self.point.weight
+
+    with pytest.raises(MisconfigurationException, match="point and twin share a weight, and have a quantizer each"):
+        trainer([qat()]).fit(Late(), Data())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from Python 3.11 on")
+def test_an_error_of_a_pass_comes_with_advice():
+    class PerEpoch(ConvModule):
+        def on_train_epoch_start(self):
+            self.losses = []
+
+        def training_step(self, batch, batch_idx):
+            self.losses.append(loss := super().training_step(batch, batch_idx))
+            return loss
+
+    with pytest.raises(AttributeError, match="losses") as raised:
+        trainer([qat()]).fit(PerEpoch(), Data())
+    assert "give forward_fn, a function of the LightningModule and a batch" in raised.value.__notes__[0]
+
+
+def test_scales_follow_the_group_of_their_layer():
+    class Groups(ConvModule):
+        def configure_optimizers(self):
+            head = [p for layer in (self.point, self.head) for p in layer.parameters()]
+            rest = [p for layer in (self.stem, self.depthwise) for p in (layer.weight,)]
+            optimizer = torch.optim.SGD([{"params": rest}, {"params": head}], lr=0.01)
+            held = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.0, lambda step: 1.0])
+            return [optimizer], [{"scheduler": held, "interval": "step"}]
+
+    module, before = Groups(), {}
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            before.update({q: q.scale.detach().clone() for q in quantizers(pl_module)})
+
+    trainer([qat(), Look()]).fit(module, Data())
+    for name, layer in quantized_layers(module).items():
+        for q in layer.quantizers():
+            if q.active:
+                assert torch.equal(q.scale, before[q]) == (name in ("stem", "depthwise")), name

@@ -1,0 +1,127 @@
+"""Copies of a network beside it have the grids of the original."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from models import trainer
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_qat_osc import LayerRule, OscillationDampening, OscillationTracking, QuantizationAwareTraining
+from lightning_qat_osc.copies import untrained_copies
+from lightning_qat_osc.lookup import quantizers
+
+
+def network(width=8):
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+
+
+def data(n=64):
+    x = torch.randn(n, 8, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x, 2.0 * x[:, :1] - x[:, 1:2]), batch_size=8)
+
+
+class Base(L.LightningModule):
+    """A network, and ``other`` beside it."""
+
+    def __init__(self, other=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = network()
+        if other is not None:
+            self.other = other(self.net)
+            self.other.requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.01)
+
+
+class Averages(Base):
+    def on_train_batch_end(self, *args):
+        self.other.update_parameters(self.net)
+
+
+class Taught(Base):
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            target = self.other(batch[0])
+        return super().training_step(batch, batch_idx) + (self.net(batch[0]) - target).square().mean()
+
+
+def average(net):
+    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+
+def later(net):
+    """An average that has gone on while the network trained."""
+    averaged = average(net)
+    with torch.no_grad():
+        for p in averaged.parameters():
+            p.mul_(0.9)
+    return averaged
+
+
+def grids(module):
+    return [(q.bits, q.zero_point, q.quant_max, q.calibrated) for q in quantizers(module)]
+
+
+@pytest.mark.parametrize("other", [average, later])
+def test_an_average_that_training_does_not_call(other):
+    module = Averages(other)
+    trainer([QuantizationAwareTraining(4, 8)], max_epochs=20, limit_val_batches=0).fit(module, data())
+    assert [q.bits for q in quantizers(module.net)] == [8, None, 4, 8, 8, 8]
+    assert grids(module.other) == grids(module.net)
+    x = data().dataset.tensors[0]
+    assert (module.other(x) - module.net(x)).abs().mean() < 0.1 * module.net(x).abs().mean()
+
+
+def test_a_copy_that_is_called():
+    module = Taught(copy.deepcopy)
+    trainer([QuantizationAwareTraining(4, 8)], max_epochs=1, limit_val_batches=0).fit(module, data())
+    assert grids(module.other) == grids(module.net)
+
+
+def test_a_teacher_of_the_same_architecture_is_no_copy():
+    module = Taught(lambda net: network())
+    trainer([QuantizationAwareTraining(4, 8)], max_epochs=1, limit_val_batches=0).fit(module, data())
+    assert [q.bits for q in quantizers(module.other)] == [4, 8, 4, 8, 4, 8]
+
+
+def test_a_copy_with_rules_of_its_own():
+    rules = [LayerRule("other.*", weight_bits=None, activation_bits=None)]
+    module = Averages(average)
+    module.on_train_batch_end = lambda *args: None
+    trainer([QuantizationAwareTraining(4, 8, rules=rules)], max_epochs=1, limit_val_batches=0).fit(module, data())
+    assert not quantizers(module.other)
+    assert grids(module.net)[0] == (8, 0, 127, True)
+
+
+def test_two_networks_of_one_structure_have_a_copy_each():
+    torch.manual_seed(0)
+    one, two = network(), network()
+    layers = dict(nn.ModuleDict({"1": one, "2": two, "a": copy.deepcopy(two), "b": copy.deepcopy(one)}).named_modules())
+    layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    trained = {name for name in layers if name[0] in "12"}
+    expected = {"a.0": "2.0", "a.2": "2.2", "a.4": "2.4", "b.0": "1.0", "b.2": "1.2", "b.4": "1.4"}
+    assert untrained_copies(layers, trained, layers) == expected
+    with torch.no_grad():
+        layers["a.2"].weight.mul_(0.5)  # a copy of neither
+    assert untrained_copies(layers, trained, trained) == {k: v for k, v in expected.items() if k[0] == "b"}
+
+
+def test_figures_are_of_the_weights_that_are_trained():
+    logged = []
+    for other in (None, copy.deepcopy):
+        torch.manual_seed(1)
+        callbacks = [QuantizationAwareTraining(3, 3), OscillationTracking(momentum=0.05), OscillationDampening()]
+        t = trainer(callbacks, max_epochs=10, log_every_n_steps=1, limit_val_batches=0)
+        t.fit(Base(other), data())
+        logged.append({k: v.item() for k, v in t.callback_metrics.items() if k.startswith("oscillation/")})
+    assert logged[0] == logged[1]
+    assert logged[0]["oscillation/dampening_loss"] > 0.0
