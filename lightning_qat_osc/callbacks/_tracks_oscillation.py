@@ -77,7 +77,8 @@ class TracksOscillation(pl.Callback):
         for _, weight, quantizer in quantized_weights(pl_module, self.max_bits):
             quantizer.start_tracking(weight)
         if self._leads:
-            warn_if_nothing_oscillates(pl_module, self.max_bits, "track")
+            verb = "freeze" if isinstance(self, HoldsFrozenWeights) else "track"
+            warn_if_nothing_oscillates(pl_module, self.max_bits, verb)
 
     def _threshold_now(self, trainer: pl.Trainer) -> float | None:
         """Frequency above which weights freeze after this step; None where nothing ever does."""

@@ -309,7 +309,7 @@ def test_one_of_a_kind(name):
 @pytest.mark.parametrize("verb", ["track", "freeze", "dampen"])
 def test_nothing_that_oscillates(bits, word, verb):
     other = {"track": OscillationTracking(), "freeze": IterativeFreezing(0.5), "dampen": OscillationDampening()}[verb]
-    said = f"No weight is quantized to max_bits=4 or fewer .{word}.*: there is nothing to "
+    said = f"No weight is quantized to max_bits=4 or fewer .{word}.*: there is nothing to {verb}"
     with pytest.warns(UserWarning, match=said):
         trainer([qat(weight_bits=bits), other], max_steps=1).fit(ConvModule(), Data())
 
