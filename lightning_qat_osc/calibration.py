@@ -40,10 +40,11 @@ class _Observed:
     def add(self, x: Tensor) -> None:
         flat = x.detach().flatten()
         is_finite = flat.isfinite().all()
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         # an odd stride does not fall in step with channels or pixels, of which there is mostly an even number
         stride = -(-flat.numel() // _SAMPLE_PER_BATCH) | 1
         self.samples.append(flat[::stride].clone())
+        flat = flat.nan_to_num(0.0, 0.0, 0.0)
         self.lows.append(flat.amin())
         self.highs.append(flat.amax())
         self.finite.append(is_finite)
@@ -318,6 +319,7 @@ class Calibrator:
         if low == high == 0.0:
             return "its input was 0 throughout calibration and stays in full precision"
         sample = torch.cat(seen.samples)
+        sample = sample[sample.isfinite()]
         if not bool(sample.any()):  # a few values in many zeros, which it has missed
             sample = sample.new_tensor([low, high])
         quantizer.calibrate(sample, low, high)

@@ -181,3 +181,15 @@ def test_a_rule_for_either_of_two_layers_with_one_weight():
         calibrate(net, QuantConfig(4, None, rules=[LayerRule(name, weight_bits=4)]), [torch.arange(10)])
         assert net["head"].weight_quantizer is net["embedding"].weight_quantizer
         assert net["head"].weight_quantizer.bits == 4
+
+
+@pytest.mark.parametrize("method", ["mse", "lsq"])
+def test_what_is_not_finite_takes_no_part(method):
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)).abs()
+    config = QuantConfig(None, 4, first_last_bits=None, activation_range=method)
+    scales = []
+    for values in (x, torch.cat([x, torch.full_like(x, float("nan")), torch.full_like(x, float("inf"))])):
+        net = nn.Sequential(nn.Linear(4, 4))
+        calibrate(net, config, [values])
+        scales.append(net[0].input_quantizer.scale.item())
+    assert scales[0] == pytest.approx(scales[1], rel=1e-3)

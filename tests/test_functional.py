@@ -366,3 +366,14 @@ def test_a_scale_is_a_tensor_and_a_grid_not_empty():
         fake_quantize(torch.ones(3), 0.1, -4, 3)
     with pytest.raises(ValueError, match="quant_min must be at most quant_max, -4, got 3"):
         fake_quantize(torch.ones(3), torch.ones(1), 3, -4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_number_stays_one_number(fused):
+    x, scale = torch.tensor(0.26, requires_grad=True), torch.tensor([0.1], requires_grad=True)
+    y = fake_quantize(x, scale, -4, 3, fused=fused)
+    assert y.shape == ()
+    assert y.item() == pytest.approx(0.3)
+    y.backward()
+    assert x.grad.item() == 1.0
+    assert scale.grad.tolist() == pytest.approx([0.4], abs=1e-5)
