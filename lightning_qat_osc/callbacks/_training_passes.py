@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+import re
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -121,6 +122,20 @@ def _restored_state(module: torch.nn.Module) -> Iterator[None]:
             )
 
 
+@contextmanager
+def _ignored(*messages: str) -> Iterator[None]:
+    """Ignore warnings. After ``warnings.catch_warnings`` Python repeats all that it has told: here in each epoch."""
+    filters = cast(list[Any], warnings.filters)
+    entries = [("ignore", re.compile(message), Warning, None, 0) for message in messages]
+    filters[:0] = entries
+    try:
+        yield
+    finally:
+        for entry in entries:
+            if entry in filters:
+                filters.remove(entry)
+
+
 def eagerly() -> AbstractContextManager[Any]:
     """Compiled modules run eagerly, so that hooks on their layers fire, and are not traced into graphs."""
     return cast(AbstractContextManager[Any], torch.compiler.set_stance("force_eager"))
@@ -131,9 +146,8 @@ def without_side_effects(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     """Run forward passes in evaluation mode and eagerly; no log, random number, buffer or metric notices."""
     # validation may run in inference mode, whose tensors training could not use again
     modes = torch.inference_mode(False), torch.no_grad()
-    with modes[0], modes[1], _fixed_rng(_SEED), _restored_state(pl_module), eagerly(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*You are trying to `self.log\\(\\)`.*")
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    silent = _ignored(r".*You are trying to `self.log\(\)`.*", ".*does not have many workers.*")
+    with modes[0], modes[1], _fixed_rng(_SEED), _restored_state(pl_module), eagerly(), silent:
         quiet: Any = _QuietTrainer(trainer)
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         owners = [pl_module] if datamodule is None else [pl_module, datamodule]

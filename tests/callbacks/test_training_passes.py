@@ -1,5 +1,7 @@
 """Passes over training batches leave no trace in training."""
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -150,3 +152,17 @@ def test_a_dataset_that_can_be_iterated_once_is_refused():
 
     with pytest.raises(MisconfigurationException, match="the training data is a Stream, which can be iterated only"):
         trainer(callbacks(), max_steps=1).fit(ConvModule(), DataLoader(Stream(), 8), loader(32, 16))
+
+
+def test_what_was_warned_of_once_is_not_warned_of_again():
+    class Deprecated(ConvModule):
+        def on_train_epoch_start(self):
+            warnings.warn("the user's own", stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        filters = list(warnings.filters)
+        trainer(callbacks(), max_epochs=4).fit(Deprecated(), Data())
+        assert warnings.filters == filters
+    assert [str(w.message) for w in caught].count("the user's own") == 1
+    assert not [w for w in caught if "self.log" in str(w.message)]
