@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,6 +70,10 @@ _VIEWS = (
 _KEEPS_THE_GRID = frozenset(f"{_PRODUCTS} {_CASTS} {_VIEWS}".split())
 
 
+_READ_ONE = frozenset(["type_as", "view_as", "reshape_as", "expand_as", "to"])
+"""Functions that read the values of their first argument alone."""
+
+
 def _keeps_the_grid(function: str) -> bool:
     return function in _KEEPS_THE_GRID or _LAYER_FUNCTION.search(function) is not None
 
@@ -119,40 +123,54 @@ class _WatchesWeights(TorchFunctionMode):
 
 
 class _Flow(TorchFunctionMode):
-    """Follows the outputs of layers that are not trained to where they arrive.
+    """Follows what layers compute that are not trained, to the layers that are.
 
     Attributes:
-        arrived: Names of those of which a trained layer has read the output, or what was computed from it.
+        arrived: Children of the model whose untrained layers' outputs, or what was computed from them, a trained layer
+            has read.
+        bypassed: Whether a trained layer has read nothing of the kind, but the batch: then the others are beside it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.arrived: set[str] = set()
-        self._sources = WeakTensorKeyDictionary()  # tensor -> names of layers
+        self.arrived: frozenset[str] = frozenset()
+        self.bypassed = False
+        self._sources = WeakTensorKeyDictionary()  # tensor -> children of the model
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        sources = self._of((args, kwargs)) if len(self._sources) else None
+        name = getattr(func, "__name__", "")
+        if len(self._sources) == 0 or name.startswith("new_") or name.endswith("_like"):
+            return out
+        sources = self._of(args[:1] if name in _READ_ONE else (args, kwargs))
         if sources:
-            self._add(out, sources)
+            in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+            self._add((out, args[0], getattr(args[0], "_base", None)) if in_place and args else out, sources)
         return out
 
-    def leave(self, name: str, output: Any) -> None:
-        """Note a layer's output."""
-        self._add(output, {name})
+    def leave(self, child: str, output: Any) -> None:
+        """Note the output of a layer that is not trained."""
+        self._add(output, frozenset({child}))
 
     def arrive(self, inputs: Any) -> None:
-        """Note a trained layer's inputs."""
-        self.arrived |= self._of(inputs)
+        """Note the inputs of a layer that is."""
+        sources = self._of(inputs)
+        self.arrived |= sources
+        self.bypassed |= not sources
 
-    def _of(self, values: Any) -> set[str]:
-        tensors = (x for x in tree_leaves(values) if isinstance(x, Tensor))
-        return set().union(*(self._sources.get(x, ()) for x in tensors))  # type: ignore[no-untyped-call]
+    def _of(self, values: Any) -> frozenset[str]:
+        known: Any = self._sources
+        return frozenset().union(*(known.get(x, ()) for x in tree_leaves(values) if isinstance(x, Tensor)))
 
-    def _add(self, values: Any, sources: set[str]) -> None:
+    def _add(self, values: Any, sources: frozenset[str]) -> None:
+        known: Any = self._sources
         for x in tree_leaves(values):
             if isinstance(x, Tensor):
-                self._sources[x] = {*self._sources.get(x, ()), *sources}  # type: ignore[no-untyped-call]
+                known[x] = sources | known.get(x, frozenset())
+
+
+def _child(name: str) -> str:
+    return name.partition(".")[0]
 
 
 class Calibrator:
@@ -225,7 +243,7 @@ class Calibrator:
         if self._running:
             self._running.pop()
         if name not in self._trainable:
-            self._flow.leave(name, output)
+            self._flow.leave(_child(name), output)
 
     def finish(self) -> list[str]:
         """Set the bits of the first and the last layer and the range of every quantizer that has none yet.
@@ -235,11 +253,12 @@ class Calibrator:
         Returns:
             A sentence for each layer of which there is something to tell.
         """
-        own = self._trainable | self._flow.arrived  # a backbone that is frozen, but no teacher
-        self._first = next((name for name in self._called if name in own), None)
+        flow = self._flow
+        within = frozenset() if flow.bypassed else flow.arrived  # a backbone that is frozen, but no teacher
+        self._first = next((n for n in self._called if n in self._trainable or _child(n) in within), None)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self._gather()
-        copies = untrained_copies(self._layers, self._trainable, self._called)
+        copies = untrained_copies(self._layers, self._trainable)
         words: list[str] = []
         if self._config.first_last_bits is not None:
             words += self._set_first_last_bits(self._config.first_last_bits)
@@ -251,24 +270,34 @@ class Calibrator:
             f"Layer '{name}' computes another weight from its quantized one, by {function}, which is not on the grid."
             for name, function in self._watch.changed_inside.items()
         ]
+        pairs = [(name, self._layers[name], self._layers[original]) for name, original in copies.items()]
+        waiting: list[tuple[InputQuantizer, InputQuantizer]] = []
+        for name, layer, original in pairs:
+            if isinstance(layer, QuantizedLayer) and isinstance(original, QuantizedLayer) and name != self._first:
+                waiting += self._follow(layer, original, called=name in self._called)
         for name, layer in self._layers.items():
-            if isinstance(layer, QuantizedLayer) and not self._has_grids_of(copies.get(name), layer):
-                words += [f"Layer '{name}': {word}." for word in self._calibrate(name, layer)]
-        for name, original in copies.items():
-            if self._has_grids_of(original, self._layers[name]):
-                for q, other in zip(self._layers[name].quantizers(), self._layers[original].quantizers()):  # type: ignore[operator]
-                    q.take_over(other)
+            if isinstance(layer, QuantizedLayer):
+                words += [f"Layer '{name}': {word}." for word in self._calibrate(name, layer, waiting)]
+        for x, other in waiting:
+            x.take_over(other)
         return words
 
-    def _has_grids_of(self, original: str | None, layer: nn.Module) -> bool:
-        """Whether a copy is quantized as its original is, and has no ranges yet: averages of scales are to fit both."""
-        other = None if original is None else self._layers[original]
-        if not isinstance(layer, QuantizedLayer) or not isinstance(other, QuantizedLayer):
-            return False
-        one = [(type(q), q.pinned and q.bits) for q in layer.quantizers()]
-        return one == [(type(q), q.pinned and q.bits) for q in other.quantizers()] and not any(
-            q.calibrated for q in layer.quantizers()
-        )
+    def _follow(
+        self, layer: QuantizedLayer, original: QuantizedLayer, *, called: bool
+    ) -> list[tuple[InputQuantizer, InputQuantizer]]:
+        """Give a copy its original's bits, with which averages of scales fit both.
+
+        Returns:
+            The inputs that nobody saw, each with the original's.
+        """
+        for w, other in zip(layer.weight_quantizers().values(), original.weight_quantizers().values()):
+            if not w.calibrated and not w.pinned:
+                w.set_bits(other.bits)
+        inputs = zip(layer.input_quantizers().values(), original.input_quantizers().values())
+        followers = [(x, other) for x, other in inputs if not x.calibrated and not x.pinned]
+        for x, other_input in followers:
+            x.set_bits(other_input.bits)
+        return [] if called else followers
 
     def _set_first_last_bits(self, bits: int) -> Iterator[str]:
         ends = {self._first, self._last} - {None}
@@ -291,7 +320,9 @@ class Calibrator:
                 "first_last_bits=None gives them the bits that are asked for."
             )
 
-    def _calibrate(self, name: str, layer: QuantizedLayer) -> Iterator[str]:
+    def _calibrate(
+        self, name: str, layer: QuantizedLayer, waiting: Sequence[tuple[InputQuantizer, InputQuantizer]]
+    ) -> Iterator[str]:
         for parameter, w in layer.weight_quantizers().items():
             if w.calibrated or w.bits is None:
                 continue
@@ -300,7 +331,8 @@ class Calibrator:
                 w.set_bits(None)  # no values, no range
             elif word := w.calibrate(weight):
                 yield f"{parameter}: {word}"
-        inputs = {argument: q for argument, q in layer.input_quantizers().items() if not q.calibrated}
+        later = [x for x, _ in waiting]  # compared as objects
+        inputs = {key: q for key, q in layer.input_quantizers().items() if not q.calibrated and q not in later}
         if name not in self._called and any(q.bits is not None for q in inputs.values()):
             yield "it was not called during calibration, so its input stays in full precision"
         for argument, q in inputs.items():

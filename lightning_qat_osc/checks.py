@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from os import PathLike
 from pathlib import Path
 from typing import Any, get_args
 
@@ -104,7 +105,7 @@ def check_file(name: str, value: object) -> None:
     """
     if value is None:
         return
-    if not isinstance(value, (str, Path)):
+    if not isinstance(value, (str, PathLike)):
         raise TypeError(f"{name} must be the path of a file, got {value!r}")
     if Path(value).is_dir():
         raise ValueError(f"{name} must be the path of a file, and {value} is a folder")

@@ -6,51 +6,53 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from lightning_qat_osc.sharding import own_part
+from lightning_qat_osc.sharding import is_sharded
 
 __all__ = ["untrained_copies"]
 
 Network = dict[str, nn.Module]
 """Layers by their name inside of the network."""
 
+_NEAR = 0.5  # relative distance of two weights; it is 1.4 between independent ones
 
-def untrained_copies(
-    layers: Mapping[str, nn.Module], trained: Collection[str], called: Collection[str]
-) -> dict[str, str]:
+
+def untrained_copies(layers: Mapping[str, nn.Module], trained: Collection[str]) -> dict[str, str]:
     """The layers of copies of a trained network, and what each is a copy of.
 
-    A copy holds layers of the same names, classes and shapes, and trains none of them. One whose layers are called is
-    only one if its parameters are those of the original: it may as well be a teacher.
+    A copy holds several layers, of the same names, classes and shapes as the original's, with weights near to its, and
+    trains none of them. Two entries of one container, such as the blocks of a transformer, are no copies. Sharded
+    weights, of which each process sees a part, are not compared.
 
     Args:
         layers: The layers of a model, by name.
         trained: Names of those with parameters that are trained.
-        called: Names of those that a forward pass has called.
 
     Returns:
         Name of a layer of a copy -> name of the layer in the original.
     """
-    networks: dict[str, Network] = {}
+    networks: dict[str, Network] = {}  # those around others first
     for name, layer in layers.items():
+        if any(is_lazy(p) or is_sharded(p) for p in layer.parameters()):
+            continue
         parts = name.split(".")
         for i in range(1, len(parts)):
             networks.setdefault(".".join(parts[:i]), {})[".".join(parts[i:])] = layer
-    names = {prefix: [f"{prefix}.{name}" for name in network] for prefix, network in networks.items()}
+    is_trained = {
+        prefix: any(f"{prefix}.{name}" in trained for name in network) for prefix, network in networks.items()
+    }
     originals: dict[object, list[str]] = {}
     for prefix, network in networks.items():
-        if len(network) > 1 and not set(names[prefix]).isdisjoint(trained):
+        if len(network) > 1 and is_trained[prefix]:
             originals.setdefault(_structure(network), []).append(prefix)
     copies: dict[str, str] = {}
     for prefix, network in networks.items():
-        candidates = originals.get(_structure(network), [])
-        if not candidates or not set(names[prefix]).isdisjoint(trained):
-            continue
-        equal = [other for other in candidates if _are_equal(network, networks[other])]
-        if not equal and len(candidates) == 1 and set(names[prefix]).isdisjoint(called):
-            equal = candidates  # an average of it that has gone on
-        if equal:
-            copies |= {f"{prefix}.{name}": f"{equal[0]}.{name}" for name in network}
+        for original in originals.get(_structure(network), []) if not is_trained[prefix] else ():
+            if not _in_one_container(prefix, original) and _are_near(network, networks[original]):
+                for name in network:
+                    copies.setdefault(f"{prefix}.{name}", f"{original}.{name}")
+                break
     return copies
 
 
@@ -58,9 +60,15 @@ def _structure(network: Network) -> object:
     return frozenset((name, type(layer), *(p.shape for p in layer.parameters())) for name, layer in network.items())
 
 
-def _are_equal(one: Network, other: Network) -> bool:
+def _in_one_container(one: str, other: str) -> bool:
+    """Whether two names part at numbers."""
+    return next((a.isdigit() and b.isdigit() for a, b in zip(one.split("."), other.split(".")) if a != b), False)
+
+
+def _are_near(one: Network, other: Network) -> bool:
     return all(
-        torch.equal(own_part(p), own_part(q))
+        bool(torch.dist(p.detach(), q.detach()) <= _NEAR * q.detach().norm())
         for name, layer in one.items()
         for p, q in zip(layer.parameters(), other[name].parameters())
+        if p.dim() > 1
     )

@@ -307,7 +307,7 @@ def fake_quantize(
         raise TypeError(f"scale must be a tensor, got {scale!r}: torch.tensor([{scale!r}]) for one scale")
     if quant_min > quant_max:
         raise ValueError(f"quant_min must be at most quant_max, {quant_max}, got {quant_min}")
-    if x.dim() < scale.dim() == 1:
+    if x.dim() == 0 and scale.shape == (1,):
         return fake_quantize(x.view(1), scale, quant_min, quant_max, zero_point, fused=fused).view(())
     limits = quant_min - zero_point, quant_max - zero_point
     # inside somebody's compiled graph the equations fuse with what is around them

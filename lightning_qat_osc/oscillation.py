@@ -117,7 +117,7 @@ class OscillationState(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name in _TENSORS:
+        for name in _TENSORS if any(key.startswith(prefix) for key in state_dict) else ():
             tensor: Tensor = getattr(self, name)
             saved = state_dict.get(prefix + name)
             if saved is None:

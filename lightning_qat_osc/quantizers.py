@@ -37,6 +37,7 @@ class Quantizer(nn.Module):
         quant_max: Largest integer.
         zero_point: The integer that stands for 0.0.
         calibrated: Whether the scale and the grid have been set from data.
+        stale: Whether its layer's weights have come, since then, from a state in full precision.
         scale_grad: Gradient of the scale between the moment it is taken out of the optimizer's sight and the step.
         fused: Whether to compute with compiled kernels.
         recompute: Whether its layer quantizes again in the backward pass instead of keeping the result for it.
@@ -49,6 +50,7 @@ class Quantizer(nn.Module):
         self.scale = nn.Parameter(torch.empty(tuple(scale_shape), dtype=torch.float32))  # whatever the default dtype
         self.bits = self._bits_asked = bits
         self.pinned = pinned
+        self.stale = False
         self.scale_grad: Tensor | None = None
         self.fused = False
         self.recompute = False
@@ -101,7 +103,7 @@ class Quantizer(nn.Module):
 
     def begin_anew(self) -> None:
         """Be as it was made: to be calibrated."""
-        self.bits = self._bits_asked
+        self.bits, self.stale = self._bits_asked, False
         self.reset_parameters()
 
     def take_over(self, other: Quantizer) -> None:
@@ -145,6 +147,7 @@ class Quantizer(nn.Module):
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
             self._read_grid()
+            self.stale = False
 
 
 class WeightQuantizer(Quantizer):
@@ -397,14 +400,15 @@ class QuantizedLayer(nn.Module):
     ) -> None:
         """Load the layer, and name what the state quantizes and this layer leaves in full precision.
 
-        Its weights from a state without quantizers leave these to be calibrated anew.
+        After its weights from a state without quantizers, these are stale.
         """
         self.float_class._load_from_state_dict(self, state_dict, prefix, metadata, strict, *keys_and_errors)
-        own = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        inside = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        own = [key for key in inside if "." not in key or key.startswith("parametrizations.")]
         weights = [key for key in own for name in weight_names(self) if name in key]  # its, or what computes them
-        if weights and not any("_quantizer." in key for key in own):
+        if weights and not any("_quantizer." in key for key in inside):
             for quantizer in self.quantizers():
-                quantizer.begin_anew()
+                quantizer.stale = True
         for key in state_dict if strict else ():
             child = key.removeprefix(prefix).removesuffix(".grid")
             if child.endswith("_quantizer") and "." not in child and child not in self._modules:

@@ -193,3 +193,42 @@ def test_what_is_not_finite_takes_no_part(method):
         calibrate(net, config, [values])
         scales.append(net[0].input_quantizer.scale.item())
     assert scales[0] == pytest.approx(scales[1], rel=1e-3)
+
+
+def first_layer(model, run):
+    quantize_model(model, QuantConfig(3, 3))
+    calibrator = Calibrator(model, QuantConfig(3, 3))
+    with torch.no_grad(), calibrator.observe():
+        run(model, torch.randn(4, 8))
+    calibrator.finish()
+    (name,) = [n for n, layer in model.named_modules() if getattr(layer, "weight_quantizer", None) is not None
+               and layer.input_quantizer.bits is None]  # fmt: skip
+    return name
+
+
+def backbone_and_head():
+    backbone = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).requires_grad_(False)
+    return nn.ModuleDict({"backbone": backbone, "head": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))})
+
+
+def test_a_frozen_backbone_holds_the_first_layer():
+    def padded(m, x):
+        hidden = m["backbone"][0](x)
+        buffer = torch.zeros(6, 8)
+        buffer[:4] = hidden
+        return m["head"](m["backbone"][2](buffer.relu_()))
+
+    assert first_layer(backbone_and_head(), lambda m, x: m["head"](m["backbone"](x))) == "backbone.0"
+    assert first_layer(backbone_and_head(), padded) == "backbone.0"
+    # what cannot be followed leaves it to the first that is trained
+    apart = first_layer(backbone_and_head(), lambda m, x: m["head"](torch.tensor(m["backbone"](x).tolist())))
+    assert apart == "head.0"
+
+
+def test_a_frozen_teacher_does_not():
+    for run in (
+        lambda m, x: m["backbone"](x).sum() + m["head"](x).sum(),
+        lambda m, x: (t := m["backbone"](x), m["head"](x.type_as(t)), m["head"][0](torch.rand_like(t))),
+        lambda m, x: m["head"][0](x) * m["head"](m["backbone"](x))[:, :1],  # a projection of its features is trained
+    ):
+        assert first_layer(backbone_and_head(), run) == "head.0"

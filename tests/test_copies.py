@@ -10,7 +10,15 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_qat_osc import LayerRule, OscillationDampening, OscillationTracking, QuantizationAwareTraining
+from lightning_qat_osc import (
+    LayerRule,
+    OscillationDampening,
+    OscillationTracking,
+    QuantConfig,
+    QuantizationAwareTraining,
+    quantize_model,
+)
+from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.copies import untrained_copies
 from lightning_qat_osc.lookup import quantizers
 
@@ -102,17 +110,62 @@ def test_a_copy_with_rules_of_its_own():
     assert grids(module.net)[0] == (8, 0, 127, True)
 
 
+def linears(**networks):
+    layers = nn.ModuleDict(networks).named_modules()
+    return {name: layer for name, layer in layers if isinstance(layer, nn.Linear)}
+
+
 def test_two_networks_of_one_structure_have_a_copy_each():
-    torch.manual_seed(0)
     one, two = network(), network()
-    layers = dict(nn.ModuleDict({"1": one, "2": two, "a": copy.deepcopy(two), "b": copy.deepcopy(one)}).named_modules())
-    layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
-    trained = {name for name in layers if name[0] in "12"}
-    expected = {"a.0": "2.0", "a.2": "2.2", "a.4": "2.4", "b.0": "1.0", "b.2": "1.2", "b.4": "1.4"}
-    assert untrained_copies(layers, trained, layers) == expected
+    layers = linears(one=one, two=two, a=copy.deepcopy(two), b=copy.deepcopy(one))
+    trained = {name for name in layers if name.startswith(("one", "two"))}
+    expected = {"a.0": "two.0", "a.2": "two.2", "a.4": "two.4", "b.0": "one.0", "b.2": "one.2", "b.4": "one.4"}
+    assert untrained_copies(layers, trained) == expected
     with torch.no_grad():
-        layers["a.2"].weight.mul_(0.5)  # a copy of neither
-    assert untrained_copies(layers, trained, trained) == {k: v for k, v in expected.items() if k[0] == "b"}
+        layers["a.2"].weight.mul_(3.0)  # a copy of neither
+    assert untrained_copies(layers, trained) == {k: v for k, v in expected.items() if k[0] == "b"}
+
+
+def test_blocks_that_begin_as_clones():
+    block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    blocks = nn.Sequential(*(copy.deepcopy(block) for _ in range(3)))
+    layers = linears(net=blocks, average=copy.deepcopy(blocks))
+    trained = {name for name in layers if name.startswith("net") and not name.startswith("net.0")}
+    copies = untrained_copies(layers, trained)  # the first block of the network itself is no copy of the second
+    assert copies == {f"average.{i}.{j}": f"net.{i}.{j}" for i in range(3) for j in range(2)}
+
+
+def test_what_is_no_copy():
+    net, single = network(), nn.Linear(8, 8)
+    layers = linears(net=net, other=network(), one=single, same=copy.deepcopy(single))
+    assert untrained_copies(layers, {"net.0", "net.2", "net.4", "one"}) == {}
+    lazy = {**linears(net=net, average=copy.deepcopy(net)), "later.0": nn.LazyLinear(3)}
+    assert len(untrained_copies(lazy, {"net.0", "net.2", "net.4"})) == 3
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.middle = nn.Embedding(16, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, i):
+        return self.head(self.middle(self.embedding(i)).relu())
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_copy_with_a_tied_weight(called):
+    net = Tied()
+    model = nn.ModuleDict({"net": net, "average": copy.deepcopy(net).requires_grad_(False)})
+    config = QuantConfig(4, 4)
+    quantize_model(model, config)
+    calibrator = Calibrator(model, config)
+    with torch.no_grad(), calibrator.observe():
+        for name in ("net", "average") if called else ("net",):
+            model[name](torch.arange(8))
+    assert calibrator.finish() == []
+    assert grids(model["average"]) == grids(model["net"])
 
 
 def test_figures_are_of_the_weights_that_are_trained():

@@ -377,3 +377,4 @@ def test_one_number_stays_one_number(fused):
     y.backward()
     assert x.grad.item() == 1.0
     assert scale.grad.tolist() == pytest.approx([0.4], abs=1e-5)
+    assert fake_quantize(x, torch.tensor([0.1, 0.2]), -4, 3, fused=fused).tolist() == pytest.approx([0.3, 0.2])

@@ -8,7 +8,7 @@ from marks import needs_compiler
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_qat_osc import QuantConfig, functional, quantization_plan, quantize_model
+from lightning_qat_osc import LayerRule, QuantConfig, functional, quantization_plan, quantize_model
 from lightning_qat_osc.functional import fake_quantize
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantizers import InputQuantizer, Quantizer, WeightQuantizer, quantized_class
@@ -301,3 +301,22 @@ def test_a_small_weight_goes_with_a_large_input_unless_somebody_watches(monkeypa
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, wanted))
         if handle is not None:
             handle.remove()
+
+
+class Adapted(nn.Linear):
+    """A layer with layers of its own."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.down, self.up = nn.Linear(4, 2), nn.Linear(2, 4)
+
+
+def test_states_that_make_a_quantizer_stale():
+    config = QuantConfig(4, None, rules=[LayerRule(pattern, weight_bits=None) for pattern in ("*down", "*up")])
+    layer = quantize_model(nn.Sequential(Adapted()), config)[0]
+    whole = {key: value for key, value in layer.state_dict().items() if "quantizer" not in key}
+    for keys, stale in ((["down.weight", "up.weight"], False), (["bias"], False), (["weight"], True)):
+        layer.load_state_dict({key: whole[key] for key in keys}, strict=False)
+        assert layer.weight_quantizer.stale == stale
+    layer.load_state_dict(layer.state_dict())
+    assert not layer.weight_quantizer.stale

@@ -306,6 +306,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._step_hooks.attach(trainer, before, self._scale_updates.after_step)
         for scale in scale_parameters(pl_module) if trainer.strategy.restore_checkpoint_after_setup else []:
             scale.requires_grad_(True)
+        _begin_anew_where_stale(pl_module)
         self._check_bits(pl_module)
         release_frozen_weights(trainer, pl_module)
         if all(q.calibrated for q in quantizers(pl_module) if q.bits is not None):
@@ -396,6 +397,8 @@ class QuantizationAwareTraining(pl.Callback):
         Under manual optimization, ranges are to come from training batches: those before the first validation have to
         do.
         """
+        if trainer.state.fn != "fit":
+            _begin_anew_where_stale(pl_module)
         if not trainer.sanity_checking:
             self._stop_watching(pl_module)
             self._check_bits(pl_module)
@@ -405,11 +408,13 @@ class QuantizationAwareTraining(pl.Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the evaluation is one in full precision."""
+        _begin_anew_where_stale(pl_module)
         self._check_bits(pl_module)
         self._say_if_uncalibrated(pl_module)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the predictions are made in full precision."""
+        _begin_anew_where_stale(pl_module)
         self._check_bits(pl_module)
         self._say_if_uncalibrated(pl_module)
 
@@ -441,8 +446,10 @@ class QuantizationAwareTraining(pl.Callback):
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the optimizers."""
+        """Let go of the optimizers. Weights that were exchanged within a run were its own affair."""
         self._release()
+        for quantizer in quantizers(pl_module):
+            quantizer.stale = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the optimizers and of the layers."""
@@ -475,6 +482,12 @@ class QuantizationAwareTraining(pl.Callback):
             self._saved_scale_updates = state_dict["scale_updates"]
         elif state_dict["scale_updates"] is not None:
             self._scale_updates.load_state_dict(state_dict["scale_updates"])
+
+
+def _begin_anew_where_stale(module: pl.LightningModule) -> None:
+    for quantizer in quantizers(module):
+        if quantizer.stale:
+            quantizer.begin_anew()
 
 
 def _loss_is_nan(output: Any) -> list[Tensor]:

@@ -1,4 +1,5 @@
 import copy
+import math
 import sys
 
 import lightning as L
@@ -23,6 +24,7 @@ from lightning_qat_osc import (
     quantize_model,
 )
 from lightning_qat_osc.callbacks import quantization_aware_training
+from lightning_qat_osc.callbacks._scale_updates import ScaleUpdates
 from lightning_qat_osc.lookup import quantized_layers, quantizers, scale_parameters
 
 
@@ -639,3 +641,25 @@ def test_scales_follow_the_group_of_their_layer():
         for q in layer.quantizers():
             if q.active:
                 assert torch.equal(q.scale, before[q]) == (name in ("stem", "depthwise")), name
+
+
+def test_scales_of_a_group_that_comes_later_follow_its_rise_and_fall():
+    module = quantize_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), QuantConfig(3, None))
+    backbone, head = module
+    backbone.requires_grad_(False)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.01)
+    updates = ScaleUpdates([optimizer], module, 1e-3)
+    rates = []
+    for i, rate in enumerate([None, 0.001, 0.005, 0.01, 0.002]):
+        if i == 1:
+            backbone.requires_grad_(True)
+            optimizer.add_param_group({"params": list(backbone.parameters()), "lr": rate})
+        elif i > 1:
+            optimizer.param_groups[1]["lr"] = rate
+        before = backbone.weight_quantizer.scale.item()
+        for layer in module if i > 0 else [head]:
+            layer.weight_quantizer.scale.grad = torch.ones(1)
+        updates.before_step(optimizer)
+        updates.after_step(optimizer)
+        rates.append(-math.log(backbone.weight_quantizer.scale.item() / before))
+    assert rates[1:] == pytest.approx([1e-4, 5e-4, 1e-3, 2e-4], rel=0.02)
