@@ -80,7 +80,11 @@ def read_checkpoint(
         ValueError: If it cannot be read, or has no quantizers.
     """
     checkpoint = read_tensors(path, map_location="cpu", weights_only=weights_only)
-    state = checkpoint.get("state_dict", checkpoint)
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{fspath(path)} must be a checkpoint or a state_dict, and holds a {type(checkpoint).__name__}"
+        )
     if not any(_GRID.match(key) for key in state):
         raise ValueError(f"{fspath(path)} must be a checkpoint of a quantized module, and it has no quantizers")
     return checkpoint, state
@@ -90,6 +94,8 @@ def _grids(state: Mapping[str, Tensor]) -> Iterator[_Grid]:
     for key, grid in state.items():
         if match := _GRID.match(key):
             layer, name = match["layer"] or "", match["name"]
+            if f"{key.removesuffix('.grid')}.scale" not in state:
+                raise ValueError(f"the state is damaged: it has {key} and no scale")
             bits, quant_min, quant_max, _, calibrated = (round(value) for value in grid.tolist())
             yield _Grid(
                 key=key.removesuffix(".grid"),

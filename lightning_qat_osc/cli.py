@@ -23,6 +23,7 @@ from lightning_qat_osc.export.comparison import OUTPUT, Difference, difference, 
 from lightning_qat_osc.export.convert import convert
 from lightning_qat_osc.export.formats import SUFFIXES, ExportFormat, export_model
 from lightning_qat_osc.export.packed import load_packed
+from lightning_qat_osc.files import read_tensors
 from lightning_qat_osc.loading import config_of_checkpoint, load_quantized
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.tables import table
@@ -155,6 +156,8 @@ def _texts(found: Difference | None) -> tuple[str, str]:
 
 def _load(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     """The quantized module of a checkpoint in evaluation mode, and the part of it that is asked for."""
+    if not isinstance(options.module_args, dict):
+        raise ValueError(f"--module-args must be a JSON object, got {options.module_args}")
     checkpoint, state = read_checkpoint(options.checkpoint, weights_only=not options.trusted)
     module = load_quantized(
         _class(options.module),
@@ -182,7 +185,7 @@ def _read_arguments(path: Path) -> Any:
         if path.suffix == ".npy":
             return torch.from_numpy(found)
         return {name: torch.from_numpy(found[name]) for name in found.files}
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    found = read_tensors(path, map_location="cpu", weights_only=True)
     return tuple(found) if isinstance(found, list) else found
 
 

@@ -23,7 +23,7 @@ def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: 
     """
     try:
         return torch.load(path, map_location=map_location, weights_only=weights_only)
-    except UnpicklingError as error:
+    except (UnpicklingError, EOFError, KeyError, IndexError) as error:  # torch's unpickler on what is none
         if not weights_only:
             raise ValueError(f"{path} is damaged") from error
         raise ValueError(

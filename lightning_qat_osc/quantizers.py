@@ -221,8 +221,11 @@ class WeightQuantizer(Quantizer):
         return quantize_to_int(weight, self.scale, self.quant_min, self.quant_max)
 
     def start_tracking(self, weight: Tensor) -> OscillationState:
-        """Begin the oscillation history from the weight's integers, or go on with the one that a checkpoint brought."""
-        if self.oscillation is None:
+        """Begin the oscillation history from the weight's integers, or go on with the one that a checkpoint brought.
+
+        A weight that has grown begins anew.
+        """
+        if self.oscillation is None or self.oscillation.weight_int.shape != weight.shape:
             self.oscillation = OscillationState(self.to_int(weight.detach()))
         return self.oscillation
 

@@ -291,6 +291,17 @@ def test_a_part_of_a_module_with_arguments_and_shared_weights(tmp_path, capsys):
         (["inspect", "float.pt"], "float.pt must be a checkpoint of a quantized module, and it has no quantizers"),
         (["inspect", "unsafe.pt"], "unsafe.pt is damaged, or holds other objects .* weights_only=False .--trusted"),
         (["inspect", "text.ckpt", "--trusted"], "text.ckpt is damaged$"),
+        (["inspect", "empty.ckpt"], "empty.ckpt is damaged"),
+        (["inspect", "list.pt"], "list.pt must be a checkpoint or a state_dict, and holds a list"),
+        (["inspect", "noscale.pt"], "the state is damaged: it has .*_quantizer.grid and no scale"),
+        (
+            ["export", "state.ckpt", "--module", "models.ConvModule", "--to", "onnx", "--input", "text.ckpt"],
+            "text.ckpt is damaged",
+        ),
+        (
+            ["export", "state.ckpt", "--module", "models.ConvModule", "--to", "packed", "--module-args", "[1]"],
+            r"--module-args must be a JSON object, got \[1\]",
+        ),
         (["export", "state.ckpt", "--module", "models.ConvModule", "--to", "onnx"], "--input must be given for 'onnx'"),
         (["export", "state.ckpt", "--module", "models.Data", "--to", "packed"], "--module must be .* got models.Data"),
         (["export", "state.pt", "--module", "models.ConvModule", "--to", "packed"], "state.pt has no 'state_dict'"),
@@ -309,6 +320,10 @@ def test_errors_are_one_line(arguments, words, run, tmp_path, monkeypatch, capsy
     torch.save(torch.load(folder / "middle.ckpt", weights_only=True)["state_dict"], tmp_path / "state.pt")
     torch.save(ConvModule(), tmp_path / "unsafe.pt")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
+    (tmp_path / "empty.ckpt").touch()
+    torch.save([1, 2], tmp_path / "list.pt")
+    state = torch.load(folder / "middle.ckpt", weights_only=True)["state_dict"]
+    torch.save({k: v for k, v in state.items() if not k.endswith("scale")}, tmp_path / "noscale.pt")
     assert main(arguments) == 1
     captured = capsys.readouterr()
     assert captured.out == ""

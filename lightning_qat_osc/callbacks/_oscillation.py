@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat_osc.lookup import QuantizedWeight, is_quantized, weights_with_quantizers
+from lightning_qat_osc.lookup import QuantizedWeight, is_quantized, quantized_layers, weights_with_quantizers
 from lightning_qat_osc.sweep import WeightBatch, in_batches
 
 __all__ = [
@@ -92,7 +93,7 @@ def require_averaging_before(trainer: pl.Trainer, callback: pl.Callback) -> None
 
 
 class OptimizerWeights:
-    """The low-bit weights of each optimizer. The model is searched once, and what may change asked at each step.
+    """The low-bit weights of each optimizer. The model is searched once, and again where a layer has another weight.
 
     Args:
         pl_module: The quantized module, once it is whole.
@@ -100,21 +101,32 @@ class OptimizerWeights:
     """
 
     def __init__(self, pl_module: pl.LightningModule, max_bits: int) -> None:
-        self._weights = weights_with_quantizers(pl_module)
+        self._module = pl_module
         self._max_bits = max_bits
-        self._batches: dict[Optimizer, tuple[list[str], list[WeightBatch]]] = {}
+        self._search()
+
+    def _search(self) -> None:
+        self._weights = weights_with_quantizers(self._module)
+        self._owners = [
+            (layer, parameter, layer._parameters.get(parameter))
+            for layer in quantized_layers(self._module).values()
+            for parameter in layer.parameter_quantizers
+        ]
+        self._batches: dict[Optimizer, tuple[list[tuple[str, torch.Size]], list[WeightBatch]]] = {}
 
     def of(self, optimizer: Optimizer, ready: Callable[[QuantizedWeight], bool] = lambda w: True) -> list[WeightBatch]:
         """Those that an optimizer updates and that are ready; not those that their owner holds fixed."""
+        if any(layer._parameters.get(parameter) is not weight for layer, parameter, weight in self._owners):
+            self._search()
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         weights = [
             w
             for w in self._weights
             if w.weight.requires_grad and id(w.weight) in owned and is_quantized(w.quantizer, self._max_bits)
         ]
-        names = [w.name for w in weights]
-        if optimizer not in self._batches or self._batches[optimizer][0] != names:
-            self._batches[optimizer] = names, in_batches(weights)
+        shapes = [(w.name, w.weight.shape) for w in weights]
+        if optimizer not in self._batches or self._batches[optimizer][0] != shapes:
+            self._batches[optimizer] = shapes, in_batches(weights)
         batches = self._batches[optimizer][1]
         # for good: at the next step the same will wait, and states that are joined anew are copied
         batches[:] = [part for batch in batches for part in batch.split(ready)]

@@ -21,6 +21,7 @@ from lightning_qat_osc.callbacks._oscillation import require_quantization
 from lightning_qat_osc.checks import check_choice
 from lightning_qat_osc.export.convert import copied
 from lightning_qat_osc.export.formats import SUFFIXES, ExportFormat, export_model, require_packages
+from lightning_qat_osc.lookup import quantized_layers
 
 __all__ = ["ModelExport"]
 
@@ -97,12 +98,28 @@ class ModelExport(pl.Callback):
                 f"ModelExport's formats 'onnx' and 'torch' are made from modules in 32 bits, got "
                 f"precision='{trainer.precision}': train with a mixed precision, or export 'packed' alone."
             )
+        checkpoint = trainer.checkpoint_callback
+        if self.when == "best" and isinstance(checkpoint, ModelCheckpoint) and checkpoint.save_top_k == 0:
+            raise MisconfigurationException(
+                "ModelExport(when='best') needs a ModelCheckpoint that keeps the best, got save_top_k=0."
+            )
+        folder = self.dirpath if self.when == "fit_end" else getattr(checkpoint, "dirpath", None)
+        folder = str(folder or trainer.default_root_dir)
+        if "://" in folder:
+            raise MisconfigurationException(
+                f"ModelExport writes local files, got {folder}: give dirpath a local folder, with when='fit_end'."
+            )
         for export_format in self.formats:
             require_packages(export_format)
+        if self.when == "fit_end" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Path(folder).mkdir(parents=True, exist_ok=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the network, and what it may already have been exported as."""
-        self._network(pl_module)
+        if not quantized_layers(self._network(pl_module)):
+            raise MisconfigurationException(
+                f"network must name a submodule with quantized layers, and {self.network!r} has none"
+            )
         best = self._best(trainer)
         if best is not None:
             files = self._beside(best[0])
@@ -128,6 +145,11 @@ class ModelExport(pl.Callback):
     ) -> None:
         """Stop watching."""
         self._stop_capturing()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Insist on an example input, once all batches have been seen: not after all of training."""
+        if self.when == "fit_end" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._check_example_input(self._network(pl_module))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the best checkpoint, if it is a new one."""
@@ -200,13 +222,13 @@ class ModelExport(pl.Callback):
         """Export the best checkpoint, if it is a new one, and remove what belonged to removed ones."""
         if not trainer.is_global_zero:
             return
+        for path in [path for path in self._files if not Path(path).exists()]:
+            for file in self._files.pop(path):
+                file.unlink(missing_ok=True)
         best = self._best(trainer)
         if best is None or best == self._exported:
             return
         self._exported = best
-        for path in [path for path in self._files if not Path(path).exists()]:
-            for file in self._files.pop(path):
-                file.unlink(missing_ok=True)
         try:
             module = copied(pl_module)
             # the file, not the model: that may have moved on, and an averaged one is not in it now
@@ -227,13 +249,16 @@ class ModelExport(pl.Callback):
     def _export(self, network: nn.Module, files: list[Path]) -> None:
         """Export a copy of the network."""
         network.cpu()
-        if self._example_input is None and self._need_input:
-            name = type(network).__name__ if self.network is None else f"'{self.network}'"
-            raise MisconfigurationException(
-                f"the forward of {name} was not called in the first training batch, so there is no example input to "
-                "export it with: give ModelExport the name of the submodule that is, as network, or set the module's "
-                "example_input_array."
-            )
+        self._check_example_input(network)
         for export_format, file in zip(self.formats, files):
             export_model(network, file, export_format, self._example_input)
             rank_zero_info(f"Exported {file}")
+
+    def _check_example_input(self, network: nn.Module) -> None:
+        if self._example_input is None and self._need_input:
+            name = type(network).__name__ if self.network is None else f"'{self.network}'"
+            raise MisconfigurationException(
+                f"the forward of {name} was not called in any training batch so far, so there is no example input to "
+                "export it with: give ModelExport the name of the submodule that is, as network, or set the module's "
+                "example_input_array."
+            )

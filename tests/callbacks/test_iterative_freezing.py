@@ -222,7 +222,7 @@ def test_frozen_weights_of_too_many_bits_are_free():
     assert frozen > 0
     with (
         pytest.warns(UserWarning, match=f"{frozen} weights that .* are free.*its max_bits=2 leaves them out: raise it"),
-        pytest.warns(UserWarning, match="nothing to track"),
+        pytest.warns(UserWarning, match="nothing to freeze"),
     ):
         trainer([qat(weight_bits=3), freezing(max_bits=2)], max_epochs=1).fit(module, Data())
     assert not any(s.frozen.any() for s in oscillation_states(module).values())
@@ -234,3 +234,21 @@ def test_frozen_weights_that_are_held_stay_frozen():
     trainer([qat(), freezing()], max_epochs=1).fit(module, Data())
     for name, state in oscillation_states(module).items():
         assert state.frozen[before[name]].all()
+
+
+def test_a_parameter_that_takes_a_weights_place_goes_on_as_it():
+    class Replaces(ConvModule):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 4:
+                old = self.depthwise.weight
+                self.depthwise.weight = torch.nn.Parameter(old.detach().clone())
+                group = self.optimizers().param_groups[0]
+                group["params"] = [self.depthwise.weight if p is old else p for p in group["params"]]
+
+    torch.manual_seed(0)
+    module = Replaces(lr=0.3)
+    callbacks = [QuantizationAwareTraining(2, 3), IterativeFreezing(threshold=0.06, momentum=0.05)]
+    trainer(callbacks, max_epochs=8).fit(module, Data())
+    q = module.depthwise.weight_quantizer
+    assert q.oscillation.frozen.any()
+    assert torch.equal(q.to_int(module.depthwise.weight), q.oscillation.weight_int)

@@ -97,7 +97,7 @@ def test_example_inputs(module, export, example_input_array, tmp_path, monkeypat
 
 def test_a_network_that_is_not_called_is_named(tmp_path):
     with pytest.raises(
-        MisconfigurationException, match="forward of Wrapping was not called in the first .* as network"
+        MisconfigurationException, match="forward of Wrapping was not called in any training .* as network"
     ):
         fit(Wrapping(), ModelExport(["torch"]), tmp_path)
     with pytest.raises(MisconfigurationException, match="network must name a submodule of Wrapping, got 'net'"):
@@ -283,3 +283,37 @@ trainer:
     assert torch.equal(
         load_packed(tmp_path / "end" / "model.safetensors", ConvModule().point).weight, convert(module.point).weight
     )
+
+
+class Scores(ConvModule):
+    values = (1.0, 0.5, 0.7, 0.8, 0.6, 0.9)
+
+    def on_validation_epoch_end(self):
+        self.log("score", self.values[self.current_epoch])
+
+
+def test_exports_go_with_checkpoints_that_are_no_longer_among_the_best(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="score", save_top_k=2)
+    own = [QuantizationAwareTraining(3, 3), checkpoint, ModelExport(["packed"], when="best")]
+    trainer(own, max_epochs=6, enable_checkpointing=True, num_sanity_val_steps=0).fit(Scores(), Data())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch=1.ckpt", "epoch=1.safetensors", "epoch=4.ckpt"]
+
+
+def test_what_cannot_be_exported_is_refused_before_training(tmp_path):
+    class Untrained(ConvModule):
+        def on_train_batch_start(self, batch, batch_idx):
+            raise AssertionError("was refused before")
+
+    (tmp_path / "file").touch()
+    for arguments, error, words in (
+        ({"network": "bn1"}, MisconfigurationException, "a submodule with quantized layers, and 'bn1' has none"),
+        ({"dirpath": "memory://folder"}, MisconfigurationException, "writes local files, got memory://folder"),
+        ({"dirpath": tmp_path / "file" / "folder"}, NotADirectoryError, "file/folder"),
+    ):
+        own = [QuantizationAwareTraining(3, 3, calibration_batches=1), ModelExport(["packed"], **arguments)]
+        with pytest.raises(error, match=words):
+            trainer(own).fit(Untrained(), Data())
+    none = ModelCheckpoint(tmp_path, save_top_k=0)
+    own = [QuantizationAwareTraining(3, 3), none, ModelExport(["packed"], when="best")]
+    with pytest.raises(MisconfigurationException, match="keeps the best, got save_top_k=0"):
+        trainer(own, enable_checkpointing=True).fit(Untrained(), Data())
