@@ -117,7 +117,9 @@ class OscillationState(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name in _TENSORS if any(key.startswith(prefix) for key in state_dict) else ():
+        if prefix and not any(key.startswith(prefix) for key in state_dict):
+            return  # a model's state in full precision, or from before tracking
+        for name in _TENSORS:
             tensor: Tensor = getattr(self, name)
             saved = state_dict.get(prefix + name)
             if saved is None:
