@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,12 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_qat_osc.config import QuantConfig
 from lightning_qat_osc.copies import untrained_copies
+from lightning_qat_osc.dataflow import FollowsOutputs, WatchesWeights
 from lightning_qat_osc.lookup import own_parameters, quantized_layers, weight_name
 from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, latent_weight
 from lightning_qat_osc.surgery import quantizable_layers
@@ -59,116 +56,6 @@ class _Observed:
         return _Observed(*([t.to(device) for t in ts] for ts in (self.samples, self.lows, self.highs, self.finite)))
 
 
-# what leaves a quantized weight on its grid: the layers' own functions, products, and other views of the same values
-_LAYER_FUNCTION = re.compile("conv|linear|embedding|lstm|gru|rnn|attention")
-_PRODUCTS = "matmul __matmul__ __rmatmul__ mm bmm mv addmm addmv baddbmm einsum tensordot"
-_CASTS = "to type type_as float half double bfloat16 cpu cuda clone detach contiguous __get__"
-_VIEWS = (
-    "t view view_as reshape reshape_as flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze expand "
-    "expand_as broadcast_to narrow select as_strided split chunk unbind cat stack pad flip roll repeat __getitem__"
-)
-_KEEPS_THE_GRID = frozenset(f"{_PRODUCTS} {_CASTS} {_VIEWS}".split())
-
-
-_READ_ONE = frozenset(["type_as", "view_as", "reshape_as", "expand_as", "to"])
-"""Functions that read the values of their first argument alone."""
-
-
-def _keeps_the_grid(function: str) -> bool:
-    return function in _KEEPS_THE_GRID or _LAYER_FUNCTION.search(function) is not None
-
-
-def _written_by_a_hook(layer: nn.Module, parameter: str) -> bool:
-    return parameter not in layer._parameters and not isinstance(getattr(type(layer), parameter, None), property)
-
-
-class _WatchesWeights(TorchFunctionMode):
-    """Notes what is done to quantized weights besides their layer's own function.
-
-    Args:
-        weights: id of a latent weight -> its name.
-        running: The layers whose forward runs, innermost last, with their names.
-
-    Attributes:
-        read_outside: Name of a weight -> the function that reads it outside of its layer, in full precision there.
-        changed_inside: Name of a layer -> the function that computes another weight from its quantized one.
-    """
-
-    def __init__(self, weights: dict[int, str], running: list[tuple[str, nn.Module]]) -> None:
-        super().__init__()
-        self._weights, self._running = weights, running
-        self.read_outside: dict[str, str] = {}
-        self.changed_inside: dict[str, str] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        outputs = out if isinstance(out, (tuple, list)) else (out,)
-        if any(isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0 for x in outputs):
-            function = getattr(func, "__name__", str(func))
-            if self._running:
-                name, layer = self._running[-1]
-                # not weights that a hook of pruning or a norm writes: their latent value is an attribute, too
-                own = getattr(layer, "parameter_quantizers", ())
-                substitutes = [parameter for parameter in own if not _written_by_a_hook(layer, parameter)]
-                if not _keeps_the_grid(function) and any(
-                    x is layer.__dict__.get(parameter) for x in args for parameter in substitutes
-                ):
-                    self.changed_inside.setdefault(name, function)
-                return out
-            for x in args:
-                for element in x if isinstance(x, (list, tuple)) else (x,):
-                    if id(element) in self._weights and isinstance(element, nn.Parameter):
-                        self.read_outside.setdefault(self._weights[id(element)], function)
-        return out
-
-
-class _Flow(TorchFunctionMode):
-    """Follows what layers compute that are not trained, to the layers that are.
-
-    Attributes:
-        arrived: Children of the model whose untrained layers' outputs, or what was computed from them, a trained layer
-            has read.
-        bypassed: Whether a trained layer has read nothing of the kind, but the batch: then the others are beside it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arrived: frozenset[str] = frozenset()
-        self.bypassed = False
-        self._sources = WeakTensorKeyDictionary()  # tensor -> children of the model
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        if len(self._sources) == 0 or name.startswith("new_") or name.endswith("_like"):
-            return out
-        sources = self._of(args[:1] if name in _READ_ONE else (args, kwargs))
-        if sources:
-            in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-            self._add((out, args[0], getattr(args[0], "_base", None)) if in_place and args else out, sources)
-        return out
-
-    def leave(self, child: str, output: Any) -> None:
-        """Note the output of a layer that is not trained."""
-        self._add(output, frozenset({child}))
-
-    def arrive(self, inputs: Any) -> None:
-        """Note the inputs of a layer that is."""
-        sources = self._of(inputs)
-        self.arrived |= sources
-        self.bypassed |= not sources
-
-    def _of(self, values: Any) -> frozenset[str]:
-        known: Any = self._sources
-        return frozenset().union(*(known.get(x, ()) for x in tree_leaves(values) if isinstance(x, Tensor)))
-
-    def _add(self, values: Any, sources: frozenset[str]) -> None:
-        known: Any = self._sources
-        for x in tree_leaves(values):
-            if isinstance(x, Tensor):
-                known[x] = sources | known.get(x, frozenset())
-
-
 def _child(name: str) -> str:
     return name.partition(".")[0]
 
@@ -189,7 +76,7 @@ class Calibrator:
         self._trainable = trainable or set(self._layers)
         self._observed: dict[tuple[str, str], _Observed] = {}  # by layer and argument
         self._called: dict[str, None] = {}  # in the order of first calls
-        self._flow = _Flow()
+        self._flow = FollowsOutputs()
         self._first: str | None = None
         self._last: str | None = None
         self._running: list[tuple[str, nn.Module]] = []
@@ -199,7 +86,7 @@ class Calibrator:
             for parameter in layer.parameter_quantizers
             if (weight := layer._parameters.get(parameter)) is not None
         }
-        self._watch = _WatchesWeights(weights, self._running)
+        self._watch = WatchesWeights(weights, self._running)
 
     @contextmanager
     def observe(self, *, weights: bool = True) -> Iterator[None]:
@@ -270,9 +157,9 @@ class Calibrator:
             f"Layer '{name}' computes another weight from its quantized one, by {function}, which is not on the grid."
             for name, function in self._watch.changed_inside.items()
         ]
-        pairs = [(name, self._layers[name], self._layers[original]) for name, original in copies.items()]
         waiting: list[tuple[InputQuantizer, InputQuantizer]] = []
-        for name, layer, original in pairs:
+        for name, of in copies.items():
+            layer, original = self._layers[name], self._layers[of]
             if isinstance(layer, QuantizedLayer) and isinstance(original, QuantizedLayer) and name != self._first:
                 waiting += self._follow(layer, original, called=name in self._called)
         for name, layer in self._layers.items():

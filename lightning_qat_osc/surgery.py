@@ -22,10 +22,10 @@ __all__ = [
     "hidden_weights",
     "no_layer_to_quantize",
     "off_the_fused_path",
-    "parted_weights",
     "quantizable_layers",
     "quantize_model",
     "unquantized_layers",
+    "weights_tied_late",
 ]
 
 
@@ -241,8 +241,8 @@ def hidden_weights(module: nn.Module) -> list[str]:
     ]
 
 
-def parted_weights(module: nn.Module) -> list[str]:
-    """Names of two weights that are one parameter and have a quantizer each: it was tied later."""
+def weights_tied_late(module: nn.Module) -> list[str]:
+    """Names of two weights that are one parameter and have a quantizer each: it was tied after they were made."""
     first: dict[nn.Parameter, str] = {}
     for name, weight, _ in weights_with_quantizers(module):  # of each quantizer one
         if first.setdefault(weight, name) != name:

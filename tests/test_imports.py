@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 # from the ground up: a module may import those in lines before its own
 FLOORS = [
     {"kernels", "sharding", "schedules", "layers", "arguments", "checks", "files", "tables"},
-    {"functional", "ranges", "recomputation", "copies"},
+    {"functional", "ranges", "recomputation", "copies", "dataflow"},
     {"oscillation", "regularizers", "batch_norm", "config"},
     {"quantizers", "metrics"},
     {"lookup"},

@@ -35,7 +35,6 @@ class _LogSteps:
         self._optimizer = optimizer
         self._learning_rate = learning_rate
         self.peaks: list[float] = []  # of the learning rate of each group
-        self._begun = False
         self._shares()
         self._steps = [nn.Parameter(torch.zeros_like(q.scale)) for q in quantizers]
         self.adam = Adam(self._steps, lr=learning_rate, fused=True)  # one kernel for all
@@ -64,14 +63,16 @@ class _LogSteps:
     def _shares(self) -> dict[int, float]:
         """By the id of a parameter, how much of its peak the learning rate of its group has now."""
         shares: dict[int, float] = {}
+        known_peak = max(
+            self.peaks, default=0.0
+        )  # a group that a callback adds may begin low, to come up with the others
         for i, group in enumerate(self._optimizer.param_groups):
-            if i == len(self.peaks):  # one that a callback has added may begin low, to come up with the others
-                self.peaks.append(max(self.peaks, default=0.0) if self._begun else 0.0)
-            known = (float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
-            self.peaks[i] = max(self.peaks[i], *known)
+            if i == len(self.peaks):
+                self.peaks.append(known_peak)
+            rates = (float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
+            self.peaks[i] = max(self.peaks[i], *rates)
             share = min(1.0, float(group["lr"]) / self.peaks[i]) if self.peaks[i] > 0.0 else 1.0
             shares.update(dict.fromkeys(map(id, group["params"]), share))
-        self._begun = True
         return shares
 
 

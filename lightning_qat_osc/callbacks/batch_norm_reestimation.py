@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat_osc.batch_norm import batch_norm_layers, reestimate_batch_norm
-from lightning_qat_osc.callbacks._oscillation import require_averaging_before, require_one, require_quantization
+from lightning_qat_osc.callbacks._oscillation import require_averaging_before, require_quantization
 from lightning_qat_osc.callbacks._training_passes import (
     ForwardFn,
     can_run_training_step,
@@ -67,7 +67,6 @@ class BatchNormReestimation(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that ``training_step`` can be run, and note which layers it may be for."""
         require_quantization(trainer, self)
-        require_one(trainer, self)
         require_averaging_before(trainer, self)
         self._find(pl_module, stage)
 

@@ -45,10 +45,10 @@ from lightning_qat_osc.surgery import (
     bits_differences,
     hidden_weights,
     no_layer_to_quantize,
-    parted_weights,
     quantizable_layers,
     quantize_model,
     unquantized_layers,
+    weights_tied_late,
 )
 
 __all__ = ["QuantizationAwareTraining"]
@@ -241,7 +241,7 @@ class QuantizationAwareTraining(pl.Callback):
                 f"the quantizers of {', '.join(hidden[:5])} have no effect, because a parametrization that was "
                 "registered after Callback.setup computes the weight: register it in __init__ or configure_model."
             )
-        tied = parted_weights(pl_module)
+        tied = weights_tied_late(pl_module)
         if tied:
             raise MisconfigurationException(
                 f"{' and '.join(tied)} share a weight, and have a quantizer each, because it was tied after "
@@ -446,17 +446,17 @@ class QuantizationAwareTraining(pl.Callback):
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the optimizers. Weights that were exchanged within a run were its own affair."""
-        self._release()
-        for quantizer in quantizers(pl_module):
-            quantizer.stale = False
+        """Let go of the optimizers."""
+        self._release(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the optimizers and of the layers."""
-        self._release()
+        self._release(pl_module)
 
-    def _release(self) -> None:
+    def _release(self, pl_module: pl.LightningModule) -> None:
         self._step_hooks.detach()
+        for quantizer in quantizers(pl_module):
+            quantizer.stale = False  # weights that were exchanged within a run were its own affair
         if self._watching is not None:
             self._watching[1].close()
             self._watching = None

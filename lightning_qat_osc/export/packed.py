@@ -91,6 +91,7 @@ def save_packed(module: nn.Module, path: str | PathLike[str], *, fold_batch_norm
         ImportError: If safetensors is not installed.
         ValueError: If nothing in the module is quantized, or a layer cannot be exported.
     """
+    check_file("path", path)
     save_file = _safetensors().torch.save_file
     model = integer_model(module, fold_batch_norm=fold_batch_norm)
     first: dict[int, str] = {}

@@ -233,7 +233,7 @@ def test_state_that_is_no_tensor_is_refused(tmp_path):
 def test_arguments_of_another_kind(tmp_path):
     model, path = calibrated(nn.Linear(3, 4), torch.randn(4, 3)), tmp_path / "model.safetensors"
     for call, words in (
-        (lambda: save_packed(path, model), "module must be a torch.nn.Module, got .*model.safetensors"),
+        (lambda: save_packed(path, model), "path must be the path of a file, got Quantized"),
         (lambda: load_packed(model, path), "path must be the path of a file, got Quantized"),
         (lambda: load_packed(path, ConvModule), r"module must be a module, got the class ConvModule: make one, ConvM"),
         (lambda: load_quantized(path, ConvModule), "module_class must be the class of a LightningModule, got .*model"),
