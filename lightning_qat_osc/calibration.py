@@ -186,11 +186,11 @@ class Calibrator:
             x.set_bits(other_input.bits)
         return [] if called else followers
 
-    def _set_first_last_bits(self, bits: int) -> Iterator[str]:
-        ends = {self._first, self._last} - {None}
+    def _set_first_last_bits(self, bits: int) -> list[str]:
+        ends = {name for name in (self._first, self._last) if name is not None}
         replaced = set()
         for name in ends:
-            layer = self._layers[name]  # type: ignore[index]
+            layer = self._layers[name]
             if not isinstance(layer, QuantizedLayer):
                 continue
             for w in layer.weight_quantizers().values():
@@ -201,11 +201,13 @@ class Calibrator:
                 if not x.calibrated and not x.pinned:
                     x.set_bits(None if name == self._first else bits)
         others = any(isinstance(layer, QuantizedLayer) for name, layer in self._layers.items() if name not in ends)
-        for asked in () if others else replaced - {bits, None}:
-            yield (
-                f"Every quantized layer is the first or the last and has first_last_bits={bits}, none has {asked}: "
-                "first_last_bits=None gives them the bits that are asked for."
-            )
+        if others:
+            return []
+        return [
+            f"Every quantized layer is the first or the last and has first_last_bits={bits}, none has {asked}: "
+            "first_last_bits=None gives them the bits that are asked for."
+            for asked in replaced - {bits, None}
+        ]
 
     def _calibrate(
         self, name: str, layer: QuantizedLayer, waiting: Sequence[tuple[InputQuantizer, InputQuantizer]]

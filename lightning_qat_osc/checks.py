@@ -97,14 +97,12 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_file(name: str, value: object) -> None:
-    """Refuse what is no path of a file; None is none that is asked for.
+    """Refuse what is no path of a file.
 
     Raises:
         TypeError: If it is no path.
         ValueError: If it is a folder.
     """
-    if value is None:
-        return
     if not isinstance(value, (str, PathLike)):
         raise TypeError(f"{name} must be the path of a file, got {value!r}")
     if Path(value).is_dir():

@@ -136,7 +136,7 @@ def _gradients_to_differentiate(
     with torch.no_grad():
         v = x / scale
         inside = _where_inside(torch.ones_like(v), v, n, p)
-        dxq_ds = v.clamp(n, p).round_().sub_(_where_inside(v, v, n, p))
+        dxq_ds = _dxq_ds(v, _where_inside(v, v, n, p), n, p)
     wide = grad.to(v.dtype)
     return (wide * inside).to(grad.dtype), _sum_to_scale(wide * dxq_ds, scale)
 
@@ -221,7 +221,8 @@ class _FusedLearnedStepSizes(torch.autograd.Function):
         tensors, limits = ctx.saved_tensors, ctx.limits
         xs, scales = tensors[::2], tensors[1::2]
         if _is_differentiated():
-            return None, *chain(*map(_gradients_to_differentiate, grads, xs, scales, *zip(*limits)))
+            each = (_gradients_to_differentiate(g, x, s, n, p) for g, x, s, (n, p) in zip(grads, xs, scales, limits))
+            return None, *chain(*each)
         grads = tuple(g if g.stride() == x.stride() else torch.empty_like(x).copy_(g) for g, x in zip(grads, xs))
         operands = [_operands([g, x], scale, *grid) for g, x, scale, grid in zip(grads, xs, scales, limits)]
         views = compiled(_backward_of_each, _sizes(xs))(ctx.needs_input_grad[1:], *chain(*operands))
@@ -270,7 +271,7 @@ def rows(scales: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor] | 
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, zero_point: int = 0, *, fused: bool = False
+    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, *, zero_point: int = 0, fused: bool = False
 ) -> Tensor:
     r"""Quantize and dequantize, with the gradients of LSQ.
 
@@ -308,7 +309,7 @@ def fake_quantize(
     if quant_min > quant_max:
         raise ValueError(f"quant_min must be at most quant_max, {quant_max}, got {quant_min}")
     if x.dim() == 0 and scale.shape == (1,):
-        return fake_quantize(x.view(1), scale, quant_min, quant_max, zero_point, fused=fused).view(())
+        return fake_quantize(x.view(1), scale, quant_min, quant_max, zero_point=zero_point, fused=fused).view(())
     limits = quant_min - zero_point, quant_max - zero_point
     # inside somebody's compiled graph the equations fuse with what is around them
     if fused and not torch.compiler.is_compiling() and x.numel() > SMALL and _suits_kernels(x, scale):
@@ -346,7 +347,7 @@ def _suits_kernels(x: Tensor, scale: Tensor) -> bool:
 
 
 @torch.no_grad()
-def quantize_to_int(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, zero_point: int = 0) -> Tensor:
+def quantize_to_int(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, *, zero_point: int = 0) -> Tensor:
     """The integers behind :func:`fake_quantize`: ``clip(round(x/s) + z, quant_min, quant_max)``.
 
     Args:

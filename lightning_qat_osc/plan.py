@@ -60,7 +60,10 @@ def quantization_plan(module: nn.Module) -> list[LayerPlan]:
 def _line(
     name: str, layer: QuantizedLayer, parameter: str | None, w: WeightQuantizer | None, x: InputQuantizer | None
 ) -> LayerPlan:
-    scale = None if x is None else whole(x.scale).item()
+    scale = reach = None
+    if x is not None:
+        scale = whole(x.scale).item()
+        reach = [(x.quant_min - x.zero_point) * scale, (x.quant_max - x.zero_point) * scale]
     return LayerPlan(
         layer=name,
         type=layer.float_class.__name__,
@@ -69,9 +72,7 @@ def _line(
         weight_scale=None if w is None else whole(w.scale).detach().mean().item(),
         activation_bits=None if x is None else x.bits,
         activation_scale=scale,
-        activation_range=None
-        if x is None or scale is None
-        else [(x.quant_min - x.zero_point) * scale, (x.quant_max - x.zero_point) * scale],
+        activation_range=reach,
     )
 
 

@@ -87,7 +87,7 @@ class Quantizer(nn.Module):
         return self.quant_min - self.zero_point, self.quant_max - self.zero_point
 
     def _quantize(self, x: Tensor, scale: Tensor) -> Tensor:
-        return fake_quantize(x, scale, self.quant_min, self.quant_max, self.zero_point, fused=self.fused)
+        return fake_quantize(x, scale, self.quant_min, self.quant_max, zero_point=self.zero_point, fused=self.fused)
 
     def recipe(self, x: Tensor) -> Recipe:
         """How ``x`` is quantized."""

@@ -50,7 +50,8 @@ def _percentiles(x: Tensor, tail: float) -> tuple[Tensor, Tensor]:
     """The values below and above which a share ``tail`` of the elements lies, each [G]. x: [G, n]."""
     n = x.shape[1]
     low, high = max(1, math.ceil(tail * n)), max(1, math.ceil((1.0 - tail) * n))
-    return x.kthvalue(low, dim=1).values, x.kthvalue(high, dim=1).values
+    # topk and not kthvalue, which deterministic algorithms exclude on GPUs
+    return x.topk(low, largest=False).values[:, -1], x.topk(n - high + 1).values[:, -1]
 
 
 def _covering_scale(low: Tensor, high: Tensor, quant_min: int, quant_max: int) -> Tensor:

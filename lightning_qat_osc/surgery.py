@@ -21,7 +21,6 @@ __all__ = [
     "bits_differences",
     "hidden_weights",
     "no_layer_to_quantize",
-    "off_the_fused_path",
     "quantizable_layers",
     "quantize_model",
     "unquantized_layers",
@@ -232,13 +231,13 @@ def _check_supported(name: str, layer: nn.Module) -> None:
 
 def hidden_weights(module: nn.Module) -> list[str]:
     """Names of the weights whose quantizers have no effect: a parametrization, registered later, computes them."""
-    return [
-        weight_name(name, parameter)
-        for name, layer in quantized_layers(module).items()
-        for parameter in layer.parameter_quantizers
-        for owner in [next((c for c in type(layer).__mro__ if parameter in vars(c)), None)]
-        if owner not in (None, quantized_class(layer.float_class))
-    ]
+    hidden = []
+    for name, layer in quantized_layers(module).items():
+        for parameter in layer.parameter_quantizers:
+            owner = next((c for c in type(layer).__mro__ if parameter in vars(c)), None)
+            if owner not in (None, quantized_class(layer.float_class)):
+                hidden.append(weight_name(name, parameter))
+    return hidden
 
 
 def weights_tied_late(module: nn.Module) -> list[str]:
@@ -271,19 +270,12 @@ def _check_shared_weights(new: dict[str, nn.Module], planned: dict[str, _LayerBi
 
 
 def _keep_off_fused_paths(module: nn.Module) -> None:
-    """Keep evaluation on the paths that call the quantized layers."""
+    """Keep evaluation on the paths that call the quantized layers: fused ones read weights past them."""
     for _, child in model_modules(module):
         if isinstance(child, nn.TransformerEncoder):
             child.use_nested_tensor = False  # its layers take nested tensors on their fused path alone
         if isinstance(child, nn.TransformerEncoderLayer):
-            hooks = child.linear1._forward_pre_hooks.values()
-            if off_the_fused_path not in hooks:
-                # with a hook, evaluation does not take the fused path, which reads weights past their layers
-                child.linear1.register_forward_pre_hook(off_the_fused_path)
-
-
-def off_the_fused_path(module: nn.Module, args: tuple[object, ...]) -> None:
-    """A hook that does nothing."""
+            child.activation_relu_or_gelu = 0  # as for any other activation, which the fused path does not know
 
 
 def _full_precision(

@@ -49,7 +49,7 @@ def add_dampening(batches: Sequence[WeightBatch], weight: float, aggregation: Ag
     """Add the gradient of the dampening loss to those of the weights.
 
     Args:
-        batches: Weights, all of which have a gradient.
+        batches: Weights, some of which have a gradient.
         weight: Weight of the loss, lambda.
         aggregation: How the squared distances are reduced.
     """
@@ -63,7 +63,7 @@ def pass_on_frozen_gradients(batches: Sequence[WeightBatch]) -> None:
     """Give scales what their frozen weights owe them, and take it from the weights.
 
     Args:
-        batches: Weights, all of which are tracked, and have a gradient as their scales have.
+        batches: Weights, all of which are tracked, and some of which have a gradient.
     """
     for batch in batches:
         history = batch.history("weight_int", "frozen")
@@ -72,7 +72,7 @@ def pass_on_frozen_gradients(batches: Sequence[WeightBatch]) -> None:
 
 @torch.no_grad()
 def dampen_and_pass_on(batches: Sequence[WeightBatch], weight: float, aggregation: Aggregation) -> None:
-    """:func:`add_dampening` and :func:`pass_on_frozen_gradients` in one pass over weights that are fit for both."""
+    """:func:`add_dampening` and :func:`pass_on_frozen_gradients` in one pass."""
     for batch in batches:
         scales = [batch.scales, _pull(batch, weight, aggregation)]
         others: list[Tensor | list[Tensor]] = [batch.weights, *batch.history("weight_int", "frozen")]
@@ -109,14 +109,12 @@ class WeightBatch:
         weights: Weights. If there are several, each scale belongs to a stretch of its weight's elements.
 
     Attributes:
-        members: What it was made of.
         weights: The latent weights.
         scales: Their scales.
         grid: The smallest and the largest integer, as the kernel takes them.
     """
 
     def __init__(self, weights: Sequence[QuantizedWeight]) -> None:
-        self.members = weights
         self._quantizers = [w.quantizer for w in weights]
         self.weights: list[Tensor] = [w.weight for w in weights]
         self.scales: list[Tensor] = [q.scale for q in self._quantizers]
@@ -130,18 +128,17 @@ class WeightBatch:
             lengths = [w.numel() // s.numel() for w, s in zip(self.weights, self.scales) for _ in range(s.numel())]
             self._stretches = torch.tensor(lengths, device=self.weights[0].device)
 
-    def split(self, ready: Callable[[QuantizedWeight], bool]) -> list[WeightBatch]:
-        """The batch; or, where some of its weights are ready and others are not, a batch of these and one of those."""
-        parts = [w for w in self.members if ready(w)], [w for w in self.members if not ready(w)]
-        return [WeightBatch(part) for part in parts] if all(parts) else [self]
+    def has_gradients(self) -> bool:
+        """Whether any of the weights has one: a layer that this step's forward passes left out has none."""
+        return any(w.grad is not None for w in self.weights)
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of the weights, which all have one."""
-        return [w.grad for w in self.weights]  # type: ignore[misc]
+        """The gradients of the weights; zeros, of which nobody hears, where there is none."""
+        return [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
 
     def scale_gradients(self) -> list[Tensor]:
-        """Those of the scales, which all have one."""
-        return [q.scale_grad for q in self._quantizers]  # type: ignore[misc]
+        """Those of the scales, likewise."""
+        return [torch.zeros_like(q.scale) if q.scale_grad is None else q.scale_grad for q in self._quantizers]
 
     def history(self, *names: str) -> list[Tensor]:
         """Tensors of the oscillation states, one for all weights.

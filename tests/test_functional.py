@@ -38,7 +38,7 @@ def test_forward_is_torchs_per_tensor_operator_to_the_bit(bits, signed, scale):
 def test_zero_point_as_in_torch(zero_point):
     x = torch.randn(5000)
     expected = torch.fake_quantize_per_tensor_affine(x, 0.125, zero_point, 0, 15)
-    assert torch.equal(fake_quantize(x, torch.tensor([0.125]), 0, 15, zero_point), expected)
+    assert torch.equal(fake_quantize(x, torch.tensor([0.125]), 0, 15, zero_point=zero_point), expected)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -68,7 +68,7 @@ def test_both_gradients_are_autograds_of_the_printed_equation(shape, zero_point)
     x = torch.randn(4, 5, 200, dtype=torch.float64, requires_grad=True)
     s = (torch.rand(shape, dtype=torch.float64) * 0.4 + 0.1).requires_grad_()
     upstream = torch.randn(4, 5, 200, dtype=torch.float64)
-    fake_quantize(x, s, n, p, zero_point).backward(upstream)
+    fake_quantize(x, s, n, p, zero_point=zero_point).backward(upstream)
     gx, gs = x.grad.clone(), s.grad.clone()
     x.grad = s.grad = None
     fake_quantize_equation(x, s, n - zero_point, p - zero_point).backward(upstream)
@@ -247,9 +247,9 @@ def test_integers_are_those_of_the_quantized_values():
     z = quantize_to_int(x, s, -4, 3)
     assert z.dtype == torch.int8
     assert torch.equal(z * s, fake_quantize(x, s, -4, 3))
-    u = quantize_to_int(x, s, 0, 255, 100)
+    u = quantize_to_int(x, s, 0, 255, zero_point=100)
     assert u.dtype == torch.uint8
-    assert torch.equal((u.int() - 100) * s, fake_quantize(x, s, 0, 255, 100))
+    assert torch.equal((u.int() - 100) * s, fake_quantize(x, s, 0, 255, zero_point=100))
 
 
 def test_channels_last_stays():

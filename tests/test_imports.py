@@ -1,6 +1,8 @@
 """Imports run one way: from the callbacks down to functions of tensors."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,11 @@ def faults(name: str, source: str) -> list[str]:
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=name_of)
 def test_imports_run_one_way(path):
     assert faults(name_of(path), path.read_text()) == []
+
+
+def test_private_modules_of_torch_are_left_to_exports():
+    without = "import sys; sys.modules['torch.ao.quantization.fx._decomposed'] = None; import lightning_qat_osc.export"
+    subprocess.run([sys.executable, "-c", without], check=True)
 
 
 @pytest.mark.parametrize(

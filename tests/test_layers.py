@@ -33,7 +33,8 @@ def calibrated(model, *batches, config=CONFIG):
 
 
 def on_grid(quantizer, x):
-    return fake_quantize(x, quantizer.scale, quantizer.quant_min, quantizer.quant_max, quantizer.zero_point).detach()
+    q = quantizer
+    return fake_quantize(x, q.scale, q.quant_min, q.quant_max, zero_point=q.zero_point).detach()
 
 
 def attention(**kwargs):
@@ -148,7 +149,7 @@ def test_a_layer_called_several_times_has_one_range_and_the_sum_of_the_gradients
     w = fake_quantize(layer.weight, layer.weight_quantizer.scale, -8, 7)
 
     def once(x):
-        return F.linear(fake_quantize(x, q.scale, q.quant_min, q.quant_max, q.zero_point), w, layer.bias)
+        return F.linear(fake_quantize(x, q.scale, q.quant_min, q.quant_max, zero_point=q.zero_point), w, layer.bias)
 
     expected = once(torch.tanh(once(x)))
     out, parameters = model(x), list(model.parameters())
@@ -206,7 +207,6 @@ def test_transformer_encoder_evaluates_as_it_trains(padded):
     options = {"src_key_padding_mask": mask} if padded else {}
     calibrated(encoder, {"src": x, **options})
     quantize_model(encoder, CONFIG)  # adds nothing
-    assert len(encoder.layers[0].linear1._forward_pre_hooks) == 1
     assert list(quantized_layers(encoder))[:4] == [
         "layers.0.self_attn",
         "layers.0.self_attn.out_proj",

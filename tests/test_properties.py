@@ -309,7 +309,7 @@ def test_every_activation_grid_holds_its_zero(bits, method, n, fill, sign, seed)
     scale = estimate_scale(x.view(1, -1), quant_min - zero_point, quant_max - zero_point, method)
     assert scale.item() > 0
     assert math.isfinite(scale.item())
-    zero = fake_quantize(torch.zeros(1), scale, quant_min, quant_max, zero_point)
+    zero = fake_quantize(torch.zeros(1), scale, quant_min, quant_max, zero_point=zero_point)
     assert zero.item() == 0.0
 
 
@@ -327,8 +327,8 @@ def test_quantizing_twice_is_quantizing_once(dtype_and_step, bits, signed, shift
     quant_min, quant_max = integer_grid(bits, signed=signed)
     zero_point = seed % (quant_max + 1) if shifted and not signed else 0
     x = (filled((64,), "normal", torch.float64, seed) * step * 2.0**bits / 2).to(dtype)
-    once = fake_quantize(x, scale, quant_min, quant_max, zero_point)
-    assert torch.equal(fake_quantize(once, scale, quant_min, quant_max, zero_point), once)
+    once = fake_quantize(x, scale, quant_min, quant_max, zero_point=zero_point)
+    assert torch.equal(fake_quantize(once, scale, quant_min, quant_max, zero_point=zero_point), once)
     points = (torch.arange(quant_min, quant_max + 1) - zero_point) * scale
     assert torch.isin(once, points.to(dtype)).all()
     nearest = (x.double().unsqueeze(1) - points.double()).abs().amin(1)

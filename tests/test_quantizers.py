@@ -52,7 +52,7 @@ def test_layer_computes_with_quantized_weight_and_input(kind, granularity):
     else:
         layer.input_quantizer.calibrate(x.flatten(), x.min().item(), x.max().item())
         q = layer.input_quantizer
-        x = fake_quantize(x, q.scale, 0, 15, q.zero_point)
+        x = fake_quantize(x, q.scale, 0, 15, zero_point=q.zero_point)
     assert torch.equal(layer(x), plain(x))
     assert len(plain.weight.unique()) <= 16 * w.scale.numel()
 

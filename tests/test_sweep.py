@@ -199,7 +199,7 @@ def test_fused_gradients_are_autograds_of_the_equation(path, shape, groups, chan
     results = []
     for function in (
         lambda a, s: fake_quantize_equation(a, s, -5, 10),
-        lambda a, s: fake_quantize(a, s, 0, 15, 5, fused=True),
+        lambda a, s: fake_quantize(a, s, 0, 15, zero_point=5, fused=True),
     ):
         a, s = x.clone().requires_grad_(), scale.clone().requires_grad_()
         out = function(a, s)
@@ -240,18 +240,36 @@ def test_what_fails_to_compile_is_told(monkeypatch):
     assert why_nothing_compiles(torch.device("cpu")) == "RuntimeError: no compiler"
 
 
-def test_weights_that_wait_are_put_apart_once():
-    weights = weights_of("per_tensor", torch.float32, False)
-    (batch,) = sweep.in_batches(weights)
-    sweep.advance_states([batch], 0.1)
-    assert batch.split(lambda w: True) == batch.split(lambda w: False) == [batch]
-    parts = batch.split(lambda w: w is not weights[1])
-    assert [part.members for part in parts] == [[weights[0], *weights[2:]], [weights[1]]]
-    sweep.advance_states(parts, 0.1)
-    place = [w.quantizer.oscillation.frequency.data_ptr() for w in weights]
-    sweep.advance_states(parts[:1], 0.1)
-    sweep.advance_states(parts, 0.1)
-    assert [w.quantizer.oscillation.frequency.data_ptr() for w in weights] == place
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_weights_without_a_gradient_leave_the_others_theirs(granularity):
+    alone, together = (weights_of(granularity, torch.float32, False) for _ in range(2))
+    for some in (alone, together):
+        torch.manual_seed(1)
+        for w in some:
+            w.weight.grad = torch.randn_like(w.weight)
+            w.quantizer.scale_grad = torch.zeros_like(w.quantizer.scale)
+            w.quantizer.oscillation.frozen = torch.rand(w.weight.shape) < 0.3
+        some[1].weight.grad = some[1].quantizer.scale_grad = None
+    batches = sweep.in_batches(together)
+    assert len(batches[0].weights) >= 3
+    sweep.advance_states(batches, 0.1)
+    places = [w.quantizer.oscillation.frequency.data_ptr() for w in together]
+    assert batches[0].has_gradients()
+    sweep.dampen_and_pass_on(batches, 0.1, "mean")
+    assert [w.quantizer.oscillation.frequency.data_ptr() for w in together] == places
+    for w in alone:
+        sweep.advance_states(sweep.in_batches([w]), 0.1)
+        if w.weight.grad is not None:
+            sweep.dampen_and_pass_on(sweep.in_batches([w]), 0.1, "mean")
+    for w, other in zip(together, alone):
+        if other.weight.grad is None:
+            assert w.weight.grad is w.quantizer.scale_grad is None
+        else:
+            assert torch.equal(w.weight.grad, other.weight.grad)
+            assert torch.allclose(w.quantizer.scale_grad, other.quantizer.scale_grad)
+    for w in together:
+        w.weight.grad = None
+    assert not any(batch.has_gradients() for batch in batches)
 
 
 def test_weights_of_other_bits_keep_their_own_grid():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import lightning.pytorch as pl
 import torch
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat_osc.lookup import QuantizedWeight, is_quantized, quantized_layers, weights_with_quantizers
+from lightning_qat_osc.lookup import is_quantized, quantized_layers, weights_with_quantizers
 from lightning_qat_osc.sweep import WeightBatch, in_batches
 
 __all__ = [
@@ -114,8 +113,8 @@ class OptimizerWeights:
         ]
         self._batches: dict[Optimizer, tuple[list[tuple[str, torch.Size]], list[WeightBatch]]] = {}
 
-    def of(self, optimizer: Optimizer, ready: Callable[[QuantizedWeight], bool] = lambda w: True) -> list[WeightBatch]:
-        """Those that an optimizer updates and that are ready; not those that their owner holds fixed."""
+    def of(self, optimizer: Optimizer) -> list[WeightBatch]:
+        """Those that an optimizer updates; not those that their owner holds fixed."""
         if any(layer._parameters.get(parameter) is not weight for layer, parameter, weight in self._owners):
             self._search()
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -127,10 +126,11 @@ class OptimizerWeights:
         shapes = [(w.name, w.weight.shape) for w in weights]
         if optimizer not in self._batches or self._batches[optimizer][0] != shapes:
             self._batches[optimizer] = shapes, in_batches(weights)
-        batches = self._batches[optimizer][1]
-        # for good: at the next step the same will wait, and states that are joined anew are copied
-        batches[:] = [part for batch in batches for part in batch.split(ready)]
-        return [batch for batch in batches if ready(batch.members[0])]
+        return self._batches[optimizer][1]
+
+    def about_to_move(self, optimizer: Optimizer) -> list[WeightBatch]:
+        """Those of them that have gradients."""
+        return [batch for batch in self.of(optimizer) if batch.has_gradients()]
 
 
 def run_length(trainer: pl.Trainer, what: str) -> int:

@@ -63,9 +63,8 @@ class _LogSteps:
     def _shares(self) -> dict[int, float]:
         """By the id of a parameter, how much of its peak the learning rate of its group has now."""
         shares: dict[int, float] = {}
-        known_peak = max(
-            self.peaks, default=0.0
-        )  # a group that a callback adds may begin low, to come up with the others
+        # a group that a callback adds may begin low, to come up with the others
+        known_peak = max(self.peaks, default=0.0)
         for i, group in enumerate(self._optimizer.param_groups):
             if i == len(self.peaks):
                 self.peaks.append(known_peak)

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_qat_osc.batch_norm import batch_norm_layers
@@ -63,7 +63,10 @@ class _QuietTrainer:
 def _fixed_rng(seed: int) -> Iterator[None]:
     """Seed every generator that a data pipeline may use, and put all of them back."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    # torch.manual_seed reaches every device
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device_type = "cuda" if accelerator is None else accelerator.type
+    with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=device_type):
         try:
             torch.manual_seed(seed)
             random.seed(seed)
@@ -225,26 +228,10 @@ def _independent(loader: Any) -> Any:
             )
     if not isinstance(loader, DataLoader):
         return copy.copy(loader)  # what it remembers of its iterator, it remembers in attributes
-    if not loader.persistent_workers:
-        independent = copy.copy(loader)
-        vars(independent).update(_own_samplers(loader))  # which may count their epochs
-        return independent
-    # iterating a loader with persistent workers, or a copy of it, restarts the workers of the live iterator
-    batches: dict[str, Any] = {"batch_sampler": _own_samplers(loader)["batch_sampler"]}
-    if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
-        batches = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-    return DataLoader(
-        loader.dataset,
-        **batches,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-    )
+    independent = copy.copy(loader)
+    # samplers may count their epochs, and persistent workers are those of the live iterator
+    vars(independent).update(_own_samplers(loader), persistent_workers=False)
+    return independent
 
 
 def _own_samplers(loader: DataLoader[Any]) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from lightning_qat_osc.callbacks._optimizer_steps import is_log_step
 from lightning_qat_osc.callbacks._oscillation import require_averaging_before, run_length, run_step
 from lightning_qat_osc.callbacks._tracks_oscillation import TracksOscillation
 from lightning_qat_osc.checks import check_number
-from lightning_qat_osc.lookup import QuantizedWeight, quantized_weights
+from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.regularizers import Aggregation
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
 from lightning_qat_osc.sharding import reshard
-from lightning_qat_osc.sweep import add_dampening, dampen_and_pass_on, pass_on_frozen_gradients
+from lightning_qat_osc.sweep import dampen_and_pass_on, pass_on_frozen_gradients
 
 __all__ = ["IterativeFreezing"]
 
@@ -119,15 +119,12 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
     ) -> None:
         """Hand the gradient of frozen weights on to their scale."""
         self._step_hooks.begin(optimizer)
-        owing = self._weights.of(optimizer, _owes)
+        weights = self._weights.about_to_move(optimizer)
         dampening, self._dampening = self._dampening, None
-        if dampening is not None:
-            moving = self._weights.of(optimizer, lambda w: w.weight.grad is not None)
-            if moving == owing:
-                dampen_and_pass_on(owing, *dampening)
-                return
-            add_dampening(moving, *dampening)
-        pass_on_frozen_gradients(owing)
+        if dampening is None:
+            pass_on_frozen_gradients(weights)
+        else:
+            dampen_and_pass_on(weights, *dampening)
 
     def _threshold_now(self, trainer: pl.Trainer) -> float:
         step = run_step(trainer)
@@ -154,9 +151,3 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
         for _, weight, q in quantized_weights(pl_module, self.max_bits):
             if q.oscillation is not None:
                 q.oscillation.hold_frozen(weight, q.scale)
-
-
-def _owes(w: QuantizedWeight) -> bool:
-    """Whether a weight may have a frozen part with a gradient that its scale can take."""
-    q = w.quantizer
-    return q.oscillation is not None and q.scale_grad is not None and w.weight.grad is not None

@@ -106,8 +106,7 @@ class OscillationDampening(pl.Callback):
         if self._freezing is not None:
             self._freezing.dampen_next(self._weight, self.aggregation)
             return
-        moving = self._weights.of(optimizer, lambda w: w.weight.grad is not None)
-        add_dampening(moving, self._weight, self.aggregation)
+        add_dampening(self._weights.about_to_move(optimizer), self._weight, self.aggregation)
 
     @torch.no_grad()
     def on_train_batch_end(

@@ -139,7 +139,8 @@ class QuantizationAwareTraining(pl.Callback):
         check_number("scale_learning_rate", scale_learning_rate, low=0.0)
         for name, value in (("fused", fused), ("recompute", recompute), ("print_plan", print_plan)):
             check_flag(name, value)
-        check_file("plan_path", plan_path)
+        if plan_path is not None:
+            check_file("plan_path", plan_path)
         check_function("forward_fn", forward_fn)
         self.calibration_batches = calibration_batches
         self.scale_learning_rate = scale_learning_rate
@@ -153,6 +154,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._saved_scale_updates: list[dict[str, Any]] | None = None
         self._watching: tuple[Calibrator, ExitStack] | None = None
         self._float_checkpoint: dict[str, Any] | None = None
+        self._checked = False  # the scales, after the first step
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Insert the quantizers, unless they are in already."""
@@ -302,6 +304,7 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the optimizers, and initialise the ranges, unless a checkpoint brought them."""
         assert self._scale_updates is not None
+        self._checked = False
         before = partial(self.on_before_optimizer_step, trainer, pl_module)
         self._step_hooks.attach(trainer, before, self._scale_updates.after_step)
         for scale in scale_parameters(pl_module) if trainer.strategy.restore_checkpoint_after_setup else []:
@@ -359,8 +362,10 @@ class QuantizationAwareTraining(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look for NaN, at the first step and at those that log; under manual optimization, initialise the ranges."""
-        if trainer.global_step == 1 or is_log_step(trainer):
+        first_step = trainer.global_step > 0 and not self._checked
+        if first_step or is_log_step(trainer):
             self._check_scales(trainer, pl_module)
+            self._checked |= first_step
         if self._watching is not None and batch_idx + 1 >= self.calibration_batches:
             self._stop_watching(pl_module)
 

@@ -28,7 +28,6 @@ from lightning_qat_osc.export.integers import (
 )
 from lightning_qat_osc.layers import calling_forward, written_parameter
 from lightning_qat_osc.quantizers import QuantizedLayer
-from lightning_qat_osc.surgery import off_the_fused_path
 
 __all__ = ["IntegerModel", "QuantizeInputs", "convert", "integer_model"]
 
@@ -173,11 +172,6 @@ def without_quantizers(module: Module) -> Module:
         for attribute in QuantizedLayer.__annotations__.keys() & layer.__dict__.keys():
             del layer.__dict__[attribute]
         cast(nn.Module, layer).__class__ = layer.float_class
-    for child_module in plain.modules():
-        if isinstance(child_module, nn.TransformerEncoderLayer):
-            hooks = child_module.linear1._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is off_the_fused_path]:
-                del hooks[key]
     return plain
 
 

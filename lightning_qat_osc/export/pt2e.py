@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers the operators; torch's own compiler does the same
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
@@ -74,6 +74,7 @@ def export_program(
     """
     if input_dtype not in (torch.uint8, torch.int8):
         raise ValueError(f"input_dtype must be torch.uint8 or torch.int8, got {input_dtype}")
+    _register_operators()
     args, kwargs = call_arguments(example_input)
     shapes = None
     if dynamic_batch:
@@ -93,6 +94,11 @@ def export_program(
             graph_module.graph.erase_node(node)
     # a module made of a dictionary holds the tensors that the graph reads, and no others
     return _trace(fx.GraphModule(constants, graph_module.graph), args, kwargs, shapes, type(module).__name__)
+
+
+def _register_operators() -> None:
+    """Make ``quantized_decomposed`` known, by a private module that torch's own compiler imports too: here alone."""
+    importlib.import_module("torch.ao.quantization.fx._decomposed")
 
 
 def _open_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
