@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_qat_osc.modes import evaluating
+
 __all__ = ["batch_norm_divergence", "batch_norm_layers", "batch_statistics", "reestimate_batch_norm"]
 
 
@@ -156,17 +158,11 @@ def reestimate_batch_norm(
     """
     run = module if forward is None else forward
     layers = batch_norm_layers(module) if layers is None else layers
-    modes = [(m, m.training) for m in module.modules()]
     seen = False
-    try:
-        module.eval()
-        with batch_statistics(list(layers.values())) as moments:
-            for batch in batches:
-                run(batch)
-                seen = True
-    finally:
-        for m, training in modes:
-            m.training = training
+    with evaluating(module), batch_statistics(list(layers.values())) as moments:
+        for batch in batches:
+            run(batch)
+            seen = True
     if not seen:
         raise ValueError("batches must hold at least one batch to re-estimate batch norm from, got none")
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -110,7 +110,8 @@ class Calibrator:
     def _enter(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._running.append((name, layer))
         self._called[name] = None
-        if name in self._trainable:
+        in_backward = torch._C._current_graph_task_id() != -1  # as activation checkpointing runs layers again
+        if name in self._trainable and not in_backward:
             self._flow.arrive((args, kwargs))
             self._last = name
         if not isinstance(layer, QuantizedLayer):
@@ -154,9 +155,10 @@ class Calibrator:
             for name, reader in self._watch.read_outside.items()
         ]
         words += [
-            f"Layer '{name}' computes another weight from its quantized one, by {function}, which is not on the grid."
+            f"Layer '{name}' computes another weight from its quantized one, by {function}, which may be off the grid."
             for name, function in self._watch.changed_inside.items()
         ]
+        self._check_recomputation()
         waiting: list[tuple[InputQuantizer, InputQuantizer]] = []
         for name, of in copies.items():
             layer, original = self._layers[name], self._layers[of]
@@ -168,6 +170,21 @@ class Calibrator:
         for x, other in waiting:
             x.take_over(other)
         return words
+
+    def _check_recomputation(self) -> None:
+        """Refuse to make a weight again that its layer changes where autograd does not see it.
+
+        Raises:
+            ValueError: If ``recompute`` asks for it.
+        """
+        for name, function in self._watch.changed_unseen.items():
+            layer = self._layers[name]
+            if isinstance(layer, QuantizedLayer) and any(q.recompute for q in layer.weight_quantizers().values()):
+                raise ValueError(
+                    f"layer '{name}' changes its quantized weight through .data, by {function}, which recompute=True "
+                    "cannot do again in the backward pass: leave recompute out, or the layer, with "
+                    f"LayerRule(pattern='{name}', weight_bits=None, activation_bits=None)"
+                )
 
     def _follow(
         self, layer: QuantizedLayer, original: QuantizedLayer, *, called: bool

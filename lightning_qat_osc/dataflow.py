@@ -10,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_qat_osc.sharding import is_sharded
+
 __all__ = ["FollowsOutputs", "WatchesWeights"]
 
 # what leaves a quantized weight on its grid: the layers' own functions, products, and other views of the same values
@@ -22,12 +24,32 @@ _VIEWS = (
 )
 _KEEPS_THE_GRID = frozenset(f"{_PRODUCTS} {_CASTS} {_VIEWS}".split())
 
+_SAME_VALUES = frozenset(f"{_CASTS} {_VIEWS}".split())
+
 _READ_ONE = frozenset(["type_as", "view_as", "reshape_as", "expand_as", "to"])
 """Functions that read the values of their first argument alone."""
 
 
 def _keeps_the_grid(function: str) -> bool:
     return function in _KEEPS_THE_GRID or _LAYER_FUNCTION.search(function) is not None
+
+
+def _is_in_place(function: str) -> bool:
+    return function in ("__setitem__", "__set__") or re.fullmatch(r"__i\w+__|\w*[^_]_", function) is not None
+
+
+def _share_memory(x: object, other: Tensor) -> bool:
+    if not isinstance(x, Tensor) or is_sharded(x) or is_sharded(other):
+        return x is other
+    return x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _values_read(function: str, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors whose values a function reads: not those that only tell it a shape or a type."""
+    if function.startswith("new_") or function.endswith("_like"):
+        return []
+    read = args[:1] if function in _READ_ONE else (args, kwargs)
+    return [x for x in tree_leaves(read) if isinstance(x, Tensor)]
 
 
 def _written_by_a_hook(layer: nn.Module, parameter: str) -> bool:
@@ -44,6 +66,7 @@ class WatchesWeights(TorchFunctionMode):
     Attributes:
         read_outside: Name of a weight -> the function that reads it outside of its layer, in full precision there.
         changed_inside: Name of a layer -> the function that computes another weight from its quantized one.
+        changed_unseen: Name of a layer -> the function that changes its quantized weight past autograd, through .data.
     """
 
     def __init__(self, weights: dict[int, str], running: list[tuple[str, nn.Module]]) -> None:
@@ -51,28 +74,48 @@ class WatchesWeights(TorchFunctionMode):
         self._weights, self._running = weights, running
         self.read_outside: dict[str, str] = {}
         self.changed_inside: dict[str, str] = {}
+        self.changed_unseen: dict[str, str] = {}
+        self._aliases = WeakTensorKeyDictionary()  # tensor with the values of a quantized weight -> the layer's name
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the arguments of a function."""
+        function = getattr(func, "__name__", str(func))
+        in_place = bool(args) and _is_in_place(function)
+        read = _values_read(function, args, kwargs)
+        weights = self._quantized_weights()
+        changed = [name for x in read if (name := self._layer_of(x, weights)) is not None]
+        versions = [w._version for w, _ in weights] if in_place else []
         out = func(*args, **(kwargs or {}))
-        outputs = out if isinstance(out, (tuple, list)) else (out,)
-        if any(isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0 for x in outputs):
-            function = getattr(func, "__name__", str(func))
-            if self._running:
-                name, layer = self._running[-1]
-                # not weights that a hook of pruning or a norm writes: their latent value is an attribute, too
-                own = getattr(layer, "parameter_quantizers", ())
-                substitutes = [parameter for parameter in own if not _written_by_a_hook(layer, parameter)]
-                if not _keeps_the_grid(function) and any(
-                    x is layer.__dict__.get(parameter) for x in args for parameter in substitutes
-                ):
-                    self.changed_inside.setdefault(name, function)
-                return out
-            for x in args:
-                for element in x if isinstance(x, (list, tuple)) else (x,):
-                    if id(element) in self._weights and isinstance(element, nn.Parameter):
-                        self.read_outside.setdefault(self._weights[id(element)], function)
+        values = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0]
+        if function in _SAME_VALUES and changed:
+            aliases: Any = self._aliases
+            for x in values:
+                aliases[x] = changed[0]
+        if values and not self._running:
+            for x in read:
+                if id(x) in self._weights and isinstance(x, nn.Parameter):
+                    self.read_outside.setdefault(self._weights[id(x)], function)
+        if in_place or (values and not _keeps_the_grid(function)):
+            for name in changed:
+                self.changed_inside.setdefault(name, function)
+        for (w, name), version in zip(weights, versions):
+            if w._version == version and _share_memory(args[0], w) and function != "__set__":
+                self.changed_unseen[name] = function
         return out
+
+    def _quantized_weights(self) -> list[tuple[Tensor, str]]:
+        """What stands for the weights of the layer whose forward runs, and its name."""
+        if not self._running:
+            return []
+        name, layer = self._running[-1]
+        # not weights that a hook of pruning or a norm writes: their latent value is an attribute, too
+        own = [p for p in getattr(layer, "parameter_quantizers", ()) if not _written_by_a_hook(layer, p)]
+        return [(layer.__dict__[p], name) for p in own if isinstance(layer.__dict__.get(p), Tensor)]
+
+    def _layer_of(self, x: Tensor, weights: list[tuple[Tensor, str]]) -> str | None:
+        """The layer whose quantized weight a tensor is, or another view or a copy of."""
+        aliases: Any = self._aliases
+        return next((name for w, name in weights if x is w), aliases.get(x))
 
 
 class FollowsOutputs(TorchFunctionMode):
@@ -94,12 +137,10 @@ class FollowsOutputs(TorchFunctionMode):
         """Mark what was computed from what is followed."""
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if len(self._sources) == 0 or name.startswith("new_") or name.endswith("_like"):
-            return out
-        sources = self._of(args[:1] if name in _READ_ONE else (args, kwargs))
+        sources = self._of(_values_read(name, args, kwargs)) if len(self._sources) > 0 else frozenset()
         if sources:
-            in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-            self._add((out, args[0], getattr(args[0], "_base", None)) if in_place and args else out, sources)
+            in_place = bool(args) and _is_in_place(name)
+            self._add((out, args[0], getattr(args[0], "_base", None)) if in_place else out, sources)
         return out
 
     def leave(self, child: str, output: Any) -> None:

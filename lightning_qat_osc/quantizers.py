@@ -15,6 +15,7 @@ from lightning_qat_osc.arguments import with_quantized_arguments
 from lightning_qat_osc.config import Granularity, QuantConfig
 from lightning_qat_osc.functional import fake_quantize, fake_quantize_pair, integer_grid, quantize_to_int
 from lightning_qat_osc.layers import calling_forward, weight_names, written_parameter
+from lightning_qat_osc.modes import evaluating
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.ranges import RangeMethod, activation_grid, estimate_scale
 from lightning_qat_osc.recomputation import Recipe, recomputed
@@ -435,16 +436,14 @@ def latent_weight(layer: nn.Module, parameter: str) -> Tensor:
         layer: A layer, quantized or not.
         parameter: Name of the weight.
     """
-    modes = [(m, m.training) for m in layer.modules()]
-    try:
-        layer.eval()  # spectral norm iterates whenever its weight is read in training mode
+    own = layer._parameters.get(parameter)
+    if own is not None:
+        return own
+    with evaluating(layer):  # spectral norm iterates whenever its weight is read in training mode
         for hook in layer._forward_pre_hooks.values():
             if written_parameter(hook) == parameter:
                 hook(layer, ())
         return cast(Tensor, getattr(layer, parameter))
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _quantized(quantizer: Quantizer, x: Tensor, recipes: list[tuple[Tensor, Recipe]]) -> Tensor:

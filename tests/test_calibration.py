@@ -1,9 +1,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_qat_osc import LayerRule, QuantConfig, quantize_model
 from lightning_qat_osc.calibration import Calibrator
+from lightning_qat_osc.lookup import quantizers
 
 
 class Net(nn.Module):
@@ -147,7 +149,100 @@ def test_what_leaves_the_grid_is_told(function, told):
             return nn.functional.linear(x, changed, self.bias)
 
     words = calibrate(nn.Sequential(Own(4, 4)), QuantConfig(3, None, first_last_bits=None), [torch.randn(8, 4)])
-    assert any(f"by {function}, which is not on the grid" in word for word in words) == told
+    assert any(f"by {function}, which may be off the grid" in word for word in words) == told
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = nn.functional.batch_norm(rows, None, None, training=True).reshape_as(self.weight)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+class Renormalized(nn.Conv2d):
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.5)
+        return super().forward(x)
+
+
+class Masked(nn.Conv2d):
+    def forward(self, x):
+        self.weight.data *= 1.0 - torch.eye(3)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "function"), [(Standardized, "batch_norm"), (Renormalized, "renorm"), (Masked, "mul_")]
+)
+def test_other_views_of_a_weight_leave_the_grid_too(kind, function):
+    words = calibrate(
+        nn.Sequential(kind(2, 4, 3)), QuantConfig(3, None, first_last_bits=None), [torch.randn(2, 2, 5, 5)]
+    )
+    assert [f"by {function}, which may be off the grid" in word for word in words] == [True]
+
+
+@pytest.mark.parametrize(("kind", "fits"), [(Masked, False), (Renormalized, True), (Standardized, True)])
+def test_a_weight_that_is_changed_past_autograd_is_not_recomputed(kind, fits):
+    config, x = QuantConfig(3, None, first_last_bits=None), torch.randn(2, 2, 5, 5)
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        net = quantize_model(nn.Sequential(nn.Conv2d(2, 2, 1), kind(2, 4, 3)), config)
+        for q in quantizers(net):
+            q.recompute = recompute
+        calibrator = Calibrator(net, config)
+        with torch.no_grad(), calibrator.observe():
+            net(x)
+        if recompute and not fits:
+            with pytest.raises(ValueError, match=r"layer '1' changes its quantized weight through .data, by mul_"):
+                calibrator.finish()
+            return
+        calibrator.finish()
+        net(x).square().sum().backward()
+        gradients.append([p.grad for p in net.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize(
+    ("read", "told"),
+    [
+        (lambda x, w: nn.functional.linear(x, weight=w), True),
+        (lambda x, w: x @ w.t(), True),
+        (lambda x, w: x.type_as(w), False),
+        (lambda x, w: x + w.new_zeros(4), False),
+        (lambda x, w: x + torch.zeros_like(w[0].detach()), True),
+    ],
+)
+def test_a_weight_that_is_read_outside_is_told(read, told):
+    class Outside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return read(self.layer(x), self.layer.weight)
+
+    words = calibrate(Outside(), QuantConfig(3, None, first_last_bits=None), [torch.randn(8, 4)])
+    assert any("read outside of the layer" in word for word in words) == told
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_layers_that_run_again_in_the_backward_pass_are_not_the_last(use_reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(checkpoint(self.block, self.stem(x), use_reentrant=use_reentrant))
+
+    config, net = QuantConfig(3, 3, first_last_bits=8), Checkpointed()
+    quantize_model(net, config)
+    calibrator = Calibrator(net, config)
+    with calibrator.observe(weights=False):
+        net(torch.randn(8, 4)).sum().backward()
+    calibrator.finish()
+    assert [layer.weight_quantizer.bits for layer in (net.stem, net.block, net.head)] == [8, 3, 8]
 
 
 def test_hooks_of_other_kinds_are_not_taken_for_norms():

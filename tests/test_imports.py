@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 
 # from the ground up: a module may import those in lines before its own
 FLOORS = [
-    {"kernels", "sharding", "schedules", "layers", "arguments", "checks", "files", "tables"},
+    {"kernels", "sharding", "schedules", "layers", "arguments", "checks", "files", "tables", "modes"},
     {"functional", "ranges", "recomputation", "copies", "dataflow"},
     {"oscillation", "regularizers", "batch_norm", "config"},
     {"quantizers", "metrics"},
@@ -29,12 +29,12 @@ FLOORS = [
     {"export.formats"},
     {"export", "export.comparison"},
     {
-        "callbacks._training_passes",
+        "callbacks._training_batches",
         "callbacks._optimizer_steps",
         "callbacks._scale_updates",
         "callbacks._frozen_weights",
     },
-    {"callbacks._sharded_restore"},
+    {"callbacks._training_passes", "callbacks._sharded_restore"},
     {"callbacks.quantization_aware_training"},
     {"callbacks._oscillation"},
     {"callbacks._tracks_oscillation"},
@@ -56,6 +56,7 @@ TORCH_ONLY = {
     "oscillation",
     "regularizers",
     "batch_norm",
+    "modes",
 }
 
 

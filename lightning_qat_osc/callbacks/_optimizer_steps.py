@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,7 +24,9 @@ class OptimizerStepHooks:
     """
 
     def __init__(self) -> None:
+        self._attach: Callable[[], None] = lambda: None
         self._handles: list[RemovableHandle] = []
+        self._hooked: set[Optimizer] = set()
         self._begun: set[Optimizer] = set()
         self._running: dict[Optimizer, tuple[int, int]] = {}  # how deep in steps, and in which batch
 
@@ -38,9 +41,11 @@ class OptimizerStepHooks:
             after: Called after each step.
 
         Raises:
-            MisconfigurationException: From within a step, if a gradient scaler has left unscaling to the optimizer.
+            MisconfigurationException: If torch calls no hooks around an optimizer's steps; from within a step, if a
+                gradient scaler has left unscaling to the optimizer.
         """
         self.detach()
+        self._attach = partial(self.attach, trainer, before, after)
 
         def ensure_begun(optimizer: Optimizer) -> None:
             if optimizer not in self._begun:
@@ -85,20 +90,32 @@ class OptimizerStepHooks:
                 after(optimizer)
 
         for optimizer in trainer.optimizers:
+            if not getattr(type(optimizer).step, "hooked", False):
+                name = type(optimizer).__name__
+                raise MisconfigurationException(
+                    f"{name}.step calls no hooks, so scales and oscillations cannot follow it, because {name} does not "
+                    "call Optimizer.__init__: call super().__init__(params, defaults) in it, or return the optimizer "
+                    "that it wraps from configure_optimizers."
+                )
+            self._hooked.add(optimizer)
             self._handles += [
                 optimizer.register_step_pre_hook(before_step),
                 optimizer.register_step_post_hook(after_step),
             ]
 
     def begin(self, optimizer: Optimizer) -> None:
-        """Note that what comes before the optimizer's next step is being done."""
+        """Note that what comes before the optimizer's next step is being done; hook it, if it is new."""
+        if optimizer not in self._hooked:
+            self._attach()
         self._begun.add(optimizer)
 
     def detach(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
+        self._attach = lambda: None
         self._handles = []
+        self._hooked = set()
         self._begun = set()
         self._running = {}
 

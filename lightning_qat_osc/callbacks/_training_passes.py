@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 import re
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import count, islice
+from itertools import count
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_qat_osc.batch_norm import batch_norm_layers
+from lightning_qat_osc.callbacks._training_batches import SEED
+from lightning_qat_osc.modes import evaluating
 from lightning_qat_osc.sharding import reshard
 
 __all__ = [
     "ForwardFn",
     "can_run_training_step",
     "eagerly",
-    "training_batches",
     "training_pass",
     "without_side_effects",
 ]
 
 ForwardFn = Callable[[pl.LightningModule, Any], object]
 """Takes the LightningModule and a batch on its device, and runs the network on it."""
-
-_SEED = 0  # the same batches at each evaluation, so that epochs differ by their weights alone
 
 
 class _QuietTrainer:
@@ -53,7 +48,7 @@ class _QuietTrainer:
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self.logger = DummyLogger()
-        self.loggers = [self.logger]
+        self.loggers = [DummyLogger() for _ in trainer.loggers] or [self.logger]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trainer, name)
@@ -94,7 +89,7 @@ def _working_copy(metric: Metric) -> Iterator[None]:
 
 @contextmanager
 def _restored_state(module: torch.nn.Module) -> Iterator[None]:
-    """Put back modes, metrics and all buffers but batch-norm statistics, of which re-estimation takes care."""
+    """Put back metrics and all buffers but batch-norm statistics, of which re-estimation takes care."""
     norms = set(batch_norm_layers(module).values())
     buffers = [
         (m, name, b, None if b is None else b.clone())
@@ -103,7 +98,6 @@ def _restored_state(module: torch.nn.Module) -> Iterator[None]:
         for name, b in m._buffers.items()
     ]
     versions = [(name, p, p._version) for name, p in module.named_parameters()]
-    modes = [(m, m.training) for m in module.modules()]
     try:
         with ExitStack() as metrics:
             for m in module.modules():
@@ -111,8 +105,6 @@ def _restored_state(module: torch.nn.Module) -> Iterator[None]:
                     metrics.enter_context(_working_copy(m))
             yield
     finally:
-        for m, training in modes:
-            m.training = training
         for m, name, buffer, value in buffers:
             m._buffers[name] = buffer  # it may have been assigned to
             if buffer is not None and value is not None:
@@ -150,15 +142,15 @@ def without_side_effects(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     # validation may run in inference mode, whose tensors training could not use again
     modes = torch.inference_mode(False), torch.no_grad()
     silent = _ignored(r".*You are trying to `self.log\(\)`.*", ".*does not have many workers.*")
-    with modes[0], modes[1], _fixed_rng(_SEED), _restored_state(pl_module), eagerly(), silent:
+    with modes[0], modes[1], _fixed_rng(SEED), _restored_state(pl_module), eagerly(), silent:
         quiet: Any = _QuietTrainer(trainer)
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         owners = [pl_module] if datamodule is None else [pl_module, datamodule]
         for owner in owners:
             owner.trainer = quiet
         try:
-            pl_module.eval()
-            yield
+            with evaluating(pl_module):
+                yield
         finally:
             for owner in owners:
                 owner.trainer = trainer
@@ -211,106 +203,3 @@ def training_pass(
             raise
 
     return run_step
-
-
-def _independent(loader: Any) -> Any:
-    """A loader to iterate without a trace in this one, whose iterator training is drawing from.
-
-    Raises:
-        MisconfigurationException: If it can be iterated only once.
-    """
-    in_workers = getattr(loader, "num_workers", 0) > 0  # each has a copy of the dataset
-    for source in (loader, None if in_workers else getattr(loader, "dataset", None)):
-        if isinstance(source, Iterator):
-            raise MisconfigurationException(
-                f"the training data is a {type(source).__name__}, which can be iterated only once: batches taken from "
-                "it would be lost to training. Give an iterable that makes an iterator of its own each time."
-            )
-    if not isinstance(loader, DataLoader):
-        return copy.copy(loader)  # what it remembers of its iterator, it remembers in attributes
-    independent = copy.copy(loader)
-    # samplers may count their epochs, and persistent workers are those of the live iterator
-    vars(independent).update(_own_samplers(loader), persistent_workers=False)
-    return independent
-
-
-def _own_samplers(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Copies of a loader's samplers, by attribute."""
-    sampler, batch_sampler = _copied(loader.sampler), _copied(loader.batch_sampler)
-    inner = getattr(loader.batch_sampler, "sampler", None)
-    if inner is not None and batch_sampler is not loader.batch_sampler:
-        batch_sampler.sampler = sampler if inner is loader.sampler else _copied(inner)
-    return {"sampler": sampler, "batch_sampler": batch_sampler}
-
-
-def _copied(sampler: Any) -> Any:
-    # one that hands on what it does not know itself cannot be copied before it has attributes
-    return sampler if hasattr(type(sampler), "__getattr__") else copy.copy(sampler)
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators that iterating a loader advances."""
-    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-    holders = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return [g for g in found if isinstance(g, torch.Generator)]
-
-
-def _train_dataloaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    """The loaders that training uses, as the Trainer prepared them, or else as their author returns them; or None.
-
-    Outside fit the author's hooks may fail: that is then told, and there are none.
-    """
-    if trainer.train_dataloader is not None:
-        return trainer.train_dataloader
-    for source in (trainer.datamodule, pl_module):  # type: ignore[attr-defined]
-        if source is None or not is_overridden("train_dataloader", source):
-            continue
-        try:
-            if source is not pl_module:
-                source.setup("fit")  # this run's own stage may not have made the training data
-            return source.train_dataloader()
-        except Exception as error:
-            name = type(source).__name__
-            rank_zero_warn(f"{name}.train_dataloader failed outside fit: {type(error).__name__}: {error}")
-    return None
-
-
-def training_batches(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, num_batches: int
-) -> Generator[Any, None, None]:
-    """The first training batches, on the module's device, without disturbing the iterator that training draws from.
-
-    Use it inside :func:`without_side_effects`, which fixes the random numbers that shuffle and augment them, and close
-    it: the loaders' own generators are put back then, and an error in a pass may keep it alive.
-
-    Args:
-        trainer: The Trainer.
-        pl_module: Its module.
-        num_batches: How many, at most; ``limit_train_batches`` holds as well.
-
-    Yields:
-        Batches, or nothing where the Trainer has no training data.
-    """
-    loaders = _train_dataloaders(trainer, pl_module)
-    if loaders is None:
-        return
-    if isinstance(loaders, CombinedLoader):  # as a hook returns it; the Trainer hands out what is in it
-        loaders = loaders.iterables
-    combined = CombinedLoader(loaders, "max_size_cycle")
-    states = [(g, g.get_state()) for loader in combined.flattened for g in _generators(loader)]
-    combined.flattened = [_independent(loader) for loader in combined.flattened]
-    limit = min(num_batches, trainer.num_training_batches) if trainer.train_dataloader is not None else num_batches
-    before_transfer = pl_module.on_before_batch_transfer
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    if datamodule is not None and is_overridden("on_before_batch_transfer", datamodule):
-        before_transfer = datamodule.on_before_batch_transfer
-    try:
-        for generator, _ in states:
-            generator.manual_seed(_SEED)
-        for batch, _, _ in islice(combined, int(limit)):
-            batch = before_transfer(trainer.precision_plugin.convert_input(batch), 0)
-            yield trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
-    finally:
-        for generator, state in states:
-            generator.set_state(state)

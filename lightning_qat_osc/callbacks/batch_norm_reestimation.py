@@ -15,10 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat_osc.batch_norm import batch_norm_layers, reestimate_batch_norm
 from lightning_qat_osc.callbacks._oscillation import require_averaging_before, require_quantization
+from lightning_qat_osc.callbacks._training_batches import training_batches
 from lightning_qat_osc.callbacks._training_passes import (
     ForwardFn,
     can_run_training_step,
-    training_batches,
     training_pass,
     without_side_effects,
 )

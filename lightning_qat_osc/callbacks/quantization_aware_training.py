@@ -25,11 +25,11 @@ from lightning_qat_osc.callbacks._frozen_weights import release_frozen_weights
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
 from lightning_qat_osc.callbacks._scale_updates import ScaleUpdates, with_room_for_scales
 from lightning_qat_osc.callbacks._sharded_restore import load_histories
+from lightning_qat_osc.callbacks._training_batches import training_batches
 from lightning_qat_osc.callbacks._training_passes import (
     ForwardFn,
     can_run_training_step,
     eagerly,
-    training_batches,
     training_pass,
     without_side_effects,
 )
@@ -155,6 +155,8 @@ class QuantizationAwareTraining(pl.Callback):
         self._watching: tuple[Calibrator, ExitStack] | None = None
         self._float_checkpoint: dict[str, Any] | None = None
         self._checked = False  # the scales, after the first step
+        self._stepped = False
+        self._versions: list[int] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Insert the quantizers, unless they are in already."""
@@ -306,7 +308,7 @@ class QuantizationAwareTraining(pl.Callback):
         assert self._scale_updates is not None
         self._checked = False
         before = partial(self.on_before_optimizer_step, trainer, pl_module)
-        self._step_hooks.attach(trainer, before, self._scale_updates.after_step)
+        self._step_hooks.attach(trainer, before, self._after_step)
         for scale in scale_parameters(pl_module) if trainer.strategy.restore_checkpoint_after_setup else []:
             scale.requires_grad_(True)
         _begin_anew_where_stale(pl_module)
@@ -355,13 +357,33 @@ class QuantizationAwareTraining(pl.Callback):
     ) -> None:
         """Take the scales' gradients out: the user's optimizer is not to move or clip by them."""
         self._step_hooks.begin(optimizer)
-        if self._scale_updates is not None:
-            self._scale_updates.before_step(optimizer)
+        assert self._scale_updates is not None
+        if not self._scale_updates.knows(optimizer):  # one that was made anew in the middle of the run
+            self._scale_updates = ScaleUpdates(list(trainer.optimizers), pl_module, self.scale_learning_rate)
+        self._scale_updates.before_step(optimizer)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        assert self._scale_updates is not None
+        self._scale_updates.after_step(optimizer)
+        self._stepped = True
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note what scales are like under manual optimization, where steps may pass the Trainer's optimizers by."""
+        if not pl_module.automatic_optimization:
+            self._stepped, self._versions = False, _versions(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look for NaN, at the first step and at those that log; under manual optimization, initialise the ranges."""
+        if not pl_module.automatic_optimization and not self._stepped and self._versions != _versions(pl_module):
+            raise MisconfigurationException(
+                "training_step moved the scales of the quantizers, but by no step of the Trainer's optimizers, and "
+                "scales and oscillations can follow no other: return from configure_optimizers what it steps with, "
+                "and call its step()."
+            )
         first_step = trainer.global_step > 0 and not self._checked
         if first_step or is_log_step(trainer):
             self._check_scales(trainer, pl_module)
@@ -493,6 +515,11 @@ def _begin_anew_where_stale(module: pl.LightningModule) -> None:
     for quantizer in quantizers(module):
         if quantizer.stale:
             quantizer.begin_anew()
+
+
+def _versions(module: pl.LightningModule) -> list[int]:
+    """How often each scale was changed."""
+    return [scale._version for scale in scale_parameters(module)]
 
 
 def _loss_is_nan(output: Any) -> list[Tensor]:

@@ -1,13 +1,16 @@
 """One step of an optimizer is one step of scales and oscillations, however it is written."""
 
+from collections import OrderedDict, defaultdict
+
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import ConvModule, Data, trainer
 from torch.nn import functional as F
 
 from lightning_qat_osc import IterativeFreezing, OscillationTracking, QuantizationAwareTraining, oscillation_states
 from lightning_qat_osc.callbacks import oscillation_tracking
-from lightning_qat_osc.lookup import scale_parameters
+from lightning_qat_osc.lookup import quantized_weights, scale_parameters
 
 
 def callbacks(**kwargs):
@@ -124,3 +127,60 @@ def test_figures_are_computed_once_a_step_under_accumulation(monkeypatch):
     )
     trainer(callbacks(), max_epochs=1, accumulate_grad_batches=4, log_every_n_steps=1).fit(ConvModule(), Data())
     assert calls.count(True) == 2  # of 8 batches
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As those that leave ``super().__init__`` out on purpose."""
+
+    def __init__(self, parameters, lr):
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self.inner = torch.optim.SGD(parameters, lr)
+        self.param_groups, self.defaults, self.state = self.inner.param_groups, self.inner.defaults, defaultdict(dict)
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+def test_an_optimizer_that_calls_no_hooks_is_refused():
+    with pytest.raises(MisconfigurationException, match=r"Wrapper.step calls no hooks.*Optimizer.__init__"):
+        trained(Wrapper)
+
+
+class MadeAnew(ConvModule):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_optimizers_that_are_made_anew_are_followed(weight_decay):
+    torch.manual_seed(0)
+    module = MadeAnew(lr=0.3, weight_decay=weight_decay)
+    trainer(callbacks(), max_epochs=3).fit(module, Data())
+    weights = quantized_weights(module)
+    for name, weight, q in weights:
+        assert torch.equal(q.oscillation.weight_int, q.to_int(weight)), name
+    assert sum(q.oscillation.frequency.sum() for *_, q in weights) > 0
+    assert all((s > 0).all() for s in scale_parameters(module))
+
+
+class Elsewhere(ConvModule):
+    """Steps with an optimizer of which the Trainer hears nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        self.own = torch.optim.SGD(self.parameters(), lr=0.05)
+
+    def training_step(self, batch, batch_idx):
+        self.own.zero_grad()
+        F.cross_entropy(self(batch[0]), batch[1]).backward()
+        self.own.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers.* returned `None`")
+def test_steps_of_other_optimizers_are_refused():
+    with pytest.raises(MisconfigurationException, match="by no step of the Trainer's optimizers"):
+        trainer(callbacks(forward_fn=lambda module, batch: module(batch[0])), max_epochs=2).fit(Elsewhere(), Data())

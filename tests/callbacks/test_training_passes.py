@@ -1,8 +1,10 @@
 """Passes over training batches leave no trace in training."""
 
+import random
 import warnings
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -166,3 +168,104 @@ def test_what_was_warned_of_once_is_not_warned_of_again():
         assert warnings.filters == filters
     assert [str(w.message) for w in caught].count("the user's own") == 1
     assert not [w for w in caught if "self.log" in str(w.message)]
+
+
+GENERATORS = {
+    "torch": lambda: torch.Generator().manual_seed(1),
+    "python": lambda: random.Random(1),
+    "numpy": lambda: np.random.default_rng(1),
+    "numpy, of old": lambda: np.random.RandomState(1),
+}
+
+
+def drawn(generator, n):
+    if isinstance(generator, torch.Generator):
+        return torch.randperm(n, generator=generator).tolist()
+    order = list(range(n))
+    generator.shuffle(order)
+    return order
+
+
+class Shuffled(Sampler):
+    def __init__(self, generator):
+        self.source_of_randomness = generator
+
+    def __len__(self):
+        return 32
+
+    def __iter__(self):
+        return iter(drawn(self.source_of_randomness, 32))
+
+
+class Augmented(torch.utils.data.Dataset):
+    def __init__(self, generator):
+        self.clean, self.rng = dataset(32), generator
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, i):
+        x, y = self.clean[i]
+        return x + 0.01 * drawn(self.rng, 8)[0], y
+
+
+@pytest.mark.parametrize("make", GENERATORS.values(), ids=GENERATORS.keys())
+@pytest.mark.parametrize("of_dataset", [False, True])
+def test_generators_of_samplers_and_datasets_go_on_as_without_passes(make, of_dataset):
+    seen = []
+    for some in ([], callbacks()):
+        batches = []
+
+        class Noting(ConvModule):
+            def on_train_batch_start(self, batch, batch_idx):
+                batches.append(batch[0].clone())  # noqa: B023
+
+        data = Augmented(make()) if of_dataset else dataset(32)
+        train = DataLoader(data, 8, sampler=None if of_dataset else Shuffled(make()))
+        trainer(some, max_epochs=2).fit(Noting(), train, loader(16))
+        seen.append(torch.stack(batches))
+    assert torch.equal(*seen)
+
+
+class LowRank(nn.Linear):
+    """Merges its update into the weight for evaluation, as adapters do."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.a, self.b = nn.Parameter(torch.randn(2, self.in_features)), nn.Parameter(torch.zeros(self.out_features, 2))
+        self.weight.requires_grad_(False)
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (self.b @ self.a).data * (-1.0 if mode else 1.0)
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return super().forward(x) if self.merged else super().forward(x) + x @ self.a.t() @ self.b.t()
+
+
+def test_layers_that_merge_for_evaluation_train_apart():
+    class Adapted(ConvModule):
+        def __init__(self):
+            super().__init__()
+            self.head = LowRank(8, 3)
+
+    module = Adapted()
+    trainer(callbacks()).fit(module, loader(16), loader(16))
+    assert not module.head.merged
+    assert module.head.b.abs().max() > 0
+
+
+def test_each_of_several_loggers_has_a_stand_in(tmp_path):
+    class Writes(ConvModule):
+        def training_step(self, batch, batch_idx):
+            for logger in self.loggers:
+                logger.log_metrics({"batch": batch_idx})
+            assert len(self.loggers) == 2
+            return super().training_step(batch, batch_idx)
+
+    loggers = [L.pytorch.loggers.CSVLogger(tmp_path, name) for name in ("a", "b")]
+    trainer(callbacks(), logger=loggers).fit(Writes(), loader(16), loader(16))
