@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_qat_osc.checks import check_module
 from lightning_qat_osc.modes import evaluating
 
 __all__ = ["batch_norm_divergence", "batch_norm_layers", "batch_statistics", "reestimate_batch_norm"]
@@ -107,10 +108,10 @@ def batch_statistics(layers: list[_BatchNorm]) -> Iterator[list[_Moments]]:
                 assert isinstance(bn, _BatchNorm)
                 assert bn.running_mean is not None
                 assert bn.running_var is not None
-                if output.numel() == 0:
+                if output.numel() == 0 or not bn.training:  # a pass in evaluation mode estimates nothing
                     return
                 mean, var = bn.running_mean.to(m.mean.dtype), bn.running_var.to(m.mean.dtype)
-                count = output.numel() // output.shape[1]
+                count = output.numel() // bn.num_features  # wherever a subclass has its channels
                 if isinstance(bn, nn.SyncBatchNorm) and dist.is_initialized():
                     count *= dist.get_world_size()  # its statistics are those of all ranks already
                 m.merge(count, mean, var * (count - 1))
@@ -156,6 +157,7 @@ def reestimate_batch_norm(
     Raises:
         ValueError: If there are no batches.
     """
+    check_module("module", module)
     run = module if forward is None else forward
     layers = batch_norm_layers(module) if layers is None else layers
     seen = False

@@ -166,6 +166,8 @@ class Calibrator:
                 waiting += self._follow(layer, original, called=name in self._called)
         for name, layer in self._layers.items():
             if isinstance(layer, QuantizedLayer):
+                for parameter, w in layer.weight_quantizers().items():
+                    w.read_outside = self._watch.read_outside.get(weight_name(name, parameter), w.read_outside)
                 words += [f"Layer '{name}': {word}." for word in self._calibrate(name, layer, waiting)]
         for x, other in waiting:
             x.take_over(other)

@@ -81,7 +81,7 @@ def read_checkpoint(
     """
     checkpoint = read_tensors(path, map_location="cpu", weights_only=weights_only)
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise ValueError(
             f"{fspath(path)} must be a checkpoint or a state_dict, and holds a {type(checkpoint).__name__}"
         )

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, get_args
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from lightning_qat_osc.export.comparison import OUTPUT, Difference, difference, 
 from lightning_qat_osc.export.convert import convert
 from lightning_qat_osc.export.formats import SUFFIXES, ExportFormat, export_model
 from lightning_qat_osc.export.packed import load_packed
+from lightning_qat_osc.export.pt2e import register_operators
 from lightning_qat_osc.files import read_tensors
 from lightning_qat_osc.loading import config_of_checkpoint, load_quantized
 from lightning_qat_osc.lookup import quantized_layers
@@ -181,11 +183,18 @@ def _class(path: str) -> type[nn.Module]:
 def _read_arguments(path: Path) -> Any:
     """What a file says that forward takes: one argument, a tuple of them, or a dictionary of keyword arguments."""
     if path.suffix in (".npy", ".npz"):
-        found = np.load(path, allow_pickle=False)
-        if path.suffix == ".npy":
-            return torch.from_numpy(found)
-        return {name: torch.from_numpy(found[name]) for name in found.files}
-    found = read_tensors(path, map_location="cpu", weights_only=True)
+        try:
+            with path.open("rb") as file:
+                found = np.load(file, allow_pickle=False)
+                if path.suffix == ".npy":
+                    return torch.from_numpy(found)
+                return {name: torch.from_numpy(found[name]) for name in found.files}
+        except (ValueError, EOFError, BadZipFile) as error:
+            raise ValueError(f"{path} is damaged, or holds other objects than arrays of numbers: {error}") from error
+    try:
+        found = read_tensors(path, map_location="cpu", weights_only=True)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or is no .npy, .npz or .pt file of tensors") from error
     return tuple(found) if isinstance(found, list) else found
 
 
@@ -198,9 +207,12 @@ def _exported_outputs(
     if path.suffix == ".onnx":
         return {OUTPUT: _run_onnx(path, args, kwargs)}
     if path.suffix == ".pt2":
-        import torch.ao.quantization.fx._decomposed  # registers the operators of the program
-
-        return layer_outputs(torch.export.load(path).module(), [], args, kwargs)
+        register_operators()
+        try:
+            program = torch.export.load(path)
+        except (BadZipFile, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        return layer_outputs(program.module(), [], args, kwargs)
     loaded = load_packed(path, network)
     return layer_outputs(loaded, layers, args, kwargs)
 
@@ -223,8 +235,11 @@ def _run_onnx(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
         given = len(inputs) + len(by_position)
         raise ValueError(f"{path} takes {len(names)} tensors ({', '.join(names)}), got {given}")
     inputs |= dict(zip(without, by_position))
-    outputs = [torch.from_numpy(x) for x in session.run(None, {name: x.numpy() for name, x in inputs.items()})]
-    return [x for x in outputs if x.is_floating_point()]
+    try:
+        arrays = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+    except Exception as error:
+        raise RuntimeError(f"{path} does not run: {error}") from error
+    return [x for x in map(torch.from_numpy, arrays) if x.is_floating_point()]
 
 
 def _say(text: str, file: Any = None) -> None:

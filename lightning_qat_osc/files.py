@@ -19,11 +19,16 @@ def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: 
     """``torch.load``, with an error that says what to do.
 
     Raises:
+        OSError: If the file is not there, or is not to be read.
         ValueError: If the file is no pickle, or holds objects of classes that ``weights_only`` forbids.
     """
     try:
+        with open(path, "rb") as file:  # what is wrong from here on is wrong in it
+            file.read(1)
         return torch.load(path, map_location=map_location, weights_only=weights_only)
-    except (UnpicklingError, EOFError, KeyError, IndexError) as error:  # torch's unpickler on what is none
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except (UnpicklingError, EOFError, KeyError, IndexError, OSError, RuntimeError) as error:
         if not weights_only:
             raise ValueError(f"{path} is damaged") from error
         raise ValueError(

@@ -46,21 +46,23 @@ def load_quantized(
         The module, with its oscillation histories. Training can go on from it.
 
     Raises:
-        TypeError: If ``module_class`` is no class of modules.
+        TypeError: If ``module_class`` is no class of LightningModules, or ``checkpoint_path`` no path.
         ValueError: If the checkpoint cannot be read, is a folder of shards or a state_dict alone, has no quantizers, or
             does not say how it is quantized and ``config`` is None, or if its bits are not those of ``config``.
         RuntimeError: If the checkpoint does not fit the module.
     """
-    if not isinstance(module_class, type) or not issubclass(module_class, nn.Module):
+    if not isinstance(module_class, type) or not hasattr(module_class, "load_from_checkpoint"):
         raise TypeError(f"module_class must be the class of a LightningModule, got {module_class!r}")
+    if not isinstance(checkpoint_path, (str, PathLike)):
+        raise TypeError(f"checkpoint_path must be the path of a file, got {checkpoint_path!r}")
     if Path(checkpoint_path).is_dir():
         raise ValueError(
             f"checkpoint_path must be a file, and {checkpoint_path} is a folder of shards: put them together with "
-            "`python -m lightning.pytorch.utilities.consolidate_checkpoint`, or train with "
+            "`python -m lightning.fabric.utilities.consolidate_checkpoint`, or train with "
             "ModelParallelStrategy(save_distributed_checkpoint=False)"
         )
     checkpoint = read_tensors(checkpoint_path, map_location=map_location, weights_only=weights_only)
-    if "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(
             f"checkpoint_path must be a checkpoint of Lightning, and {checkpoint_path} has no 'state_dict': load a "
             "saved state_dict into a module of quantize_model(module, config)"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_qat_osc.checks import check_module
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.quantizers import QuantizedLayer, Quantizer, WeightQuantizer
 
@@ -95,6 +96,7 @@ def oscillation_states(module: nn.Module) -> dict[str, OscillationState]:
         Where a layer has several weights, the name is ``layer.parameter``; where several layers share a weight, it is
         that of the first.
     """
+    check_module("module", module)
     states: dict[OscillationState, str] = {}
     for layer_name, layer in quantized_layers(module).items():
         for parameter, q in layer.weight_quantizers().items():

@@ -25,20 +25,35 @@ class _MeanOverWeights(Metric):
         layers: Names of the layers, the keys of what :meth:`update` is given; at least one.
 
     Raises:
+        TypeError: If it is one name, not a sequence of them.
         ValueError: If there is none.
     """
 
     full_state_update = False
-    sums: Tensor
-    counts: Tensor
 
     def __init__(self, layers: Sequence[str]) -> None:
         super().__init__()
+        if isinstance(layers, str):
+            raise TypeError(f"layers must be a sequence of names, got {layers!r}")
         self.layers = list(layers)
         if not self.layers:
             raise ValueError("layers must name at least one tracked layer, got none")
-        self.add_state("sums", torch.zeros(len(self.layers), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(len(self.layers), dtype=torch.float64), dist_reduce_fx="sum")
+        # named by the class: in a MetricCollection, metrics whose states are equal at first share one computation
+        self._sums, self._counts = (f"{type(self).__name__}_{what}" for what in ("sums", "counts"))
+        for name in (self._sums, self._counts):
+            self.add_state(name, torch.zeros(len(self.layers), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @property
+    def sums(self) -> Tensor:
+        """Of each layer, over the weights that were counted."""
+        sums: Tensor = getattr(self, self._sums)
+        return sums
+
+    @property
+    def counts(self) -> Tensor:
+        """How many weights were counted of each layer."""
+        counts: Tensor = getattr(self, self._counts)
+        return counts
 
     def _sum(self, state: OscillationState) -> Tensor:
         raise NotImplementedError
@@ -53,10 +68,9 @@ class _MeanOverWeights(Metric):
         if untracked:
             raise ValueError(f"states must have one of each layer, got none of {', '.join(map(repr, untracked))}")
         sums = torch.stack([self._sum(states[name]).to(self.sums.dtype) for name in self.layers])
-        self.sums += sums.to(self.sums.device)
-        self.counts += torch.tensor([own_part(states[name].frequency).numel() for name in self.layers]).to(
-            self.counts.device
-        )
+        counts = torch.tensor([own_part(states[name].frequency).numel() for name in self.layers])
+        self.sums.add_(sums.to(self.sums.device))
+        self.counts.add_(counts.to(self.counts.device))
 
     def compute(self) -> dict[str, Tensor]:
         """Layer name -> mean over its weights, and ``""`` -> mean over all weights."""
@@ -114,7 +128,13 @@ class SQNR(Metric):
         self.add_state("noise", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, x: Tensor, x_q: Tensor) -> None:
-        """Add values and their quantized form, of one shape."""
+        """Add values and their quantized form, of one shape.
+
+        Raises:
+            ValueError: If they are of two.
+        """
+        if x.shape != x_q.shape:
+            raise ValueError(f"x_q must be of the shape of x, {tuple(x.shape)}, got {tuple(x_q.shape)}")
         x, x_q = x.to(self.signal.dtype), x_q.to(self.signal.dtype)  # squares leave the range of half precision
         self.signal += x.square().sum()
         self.noise += (x - x_q).square().sum()

@@ -7,6 +7,7 @@ from itertools import zip_longest
 
 from torch import nn
 
+from lightning_qat_osc.checks import check_module
 from lightning_qat_osc.layers import weight_names
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight
@@ -46,6 +47,7 @@ def quantization_plan(module: nn.Module) -> list[LayerPlan]:
 
     A layer with several weights or inputs has a line for each; those after the first are named ``layer.parameter``.
     """
+    check_module("module", module)
     lines = []
     for name, layer in quantized_layers(module).items():
         weights = {key: q if q.active else None for key, q in layer.weight_quantizers().items()}

@@ -161,6 +161,9 @@ class WeightQuantizer(Quantizer):
         channel_dim: The weight's dimension of output channels.
         method: How the range is initialised.
         pinned: Whether a rule has set the bits.
+
+    Attributes:
+        read_outside: The function that reads the weight outside of its layer, where calibration has seen one.
     """
 
     def __init__(
@@ -180,6 +183,7 @@ class WeightQuantizer(Quantizer):
         super().__init__(bits, shape, pinned=pinned)
         self.channel_dim = channel_dim
         self.method = method
+        self.read_outside: str | None = None
         self.to(weight.device)
 
     def reset_parameters(self) -> None:
@@ -233,11 +237,11 @@ class WeightQuantizer(Quantizer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load the history with the quantizer, or begin without one if the checkpoint was made before tracking."""
         saved = state_dict.get(f"{prefix}oscillation.weight_int")
-        if saved is None:
-            if f"{prefix}scale" in state_dict:
-                self.oscillation = None
-        elif self.oscillation is None:
-            self.oscillation = OscillationState(saved.to(self.scale.device))
+        if saved is None and f"{prefix}scale" in state_dict:
+            self.oscillation = None
+        elif saved is not None and self.oscillation is None:
+            # a scale without memory is about to be the saved one
+            self.oscillation = OscillationState(saved if self.scale.is_meta else saved.to(self.scale.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -213,6 +213,17 @@ def _check_supported(name: str, layer: nn.Module) -> None:
                 f"layer '{name}' has a {parameter} of {weight.dtype}; quantization takes 16 to 64-bit floating-point "
                 f"numbers. {leave_out}."
             )
+    children = {f"{parameter}_quantizer" for parameter in (*weight_names(layer), *input_names(type(layer)))}
+    names = {"input_quantizer", *children, *vars(QuantizedLayer), *QuantizedLayer.__annotations__} - set(dir(nn.Module))
+    taken = sorted(name for name in names if not name.startswith("_") and hasattr(layer, name))
+    if taken:
+        raise ValueError(f"layer '{name}' has a {taken[0]} of its own, where quantizers would be. {leave_out}.")
+    try:
+        quantized_class(type(layer))
+    except Exception as error:
+        raise ValueError(
+            f"layer '{name}' is of a class, {type(layer).__name__}, that cannot be subclassed: {error}. {leave_out}."
+        ) from error
     if "forward" in layer.__dict__:
         raise ValueError(
             f"layer '{name}' has a forward of its own, set on it alone, which no class can replace: set it after the "

@@ -137,3 +137,32 @@ def test_who_has_seen_nothing_yet_takes_what_others_have():
     moments.merge(6.0, x.mean(0), (x - x.mean(0)).square().sum(0))
     assert torch.allclose(moments.mean, x.mean(0))
     assert torch.allclose(moments.variance, x.var(0))
+
+
+def test_passes_in_evaluation_mode_estimate_nothing():
+    torch.manual_seed(0)
+    net, batches = nn.Sequential(nn.BatchNorm1d(3)), [torch.randn(8, 3) * 2 + 5 for _ in range(4)]
+
+    def with_pseudo_labels(x):
+        net.eval()
+        net(x)
+        net.train()
+        return net(x)
+
+    reestimate_batch_norm(net, batches, with_pseudo_labels)
+    together = torch.cat(batches)
+    assert torch.allclose(net[0].running_mean, together.mean(0))
+    assert torch.allclose(net[0].running_var, together.var(0))
+
+
+def test_channels_elsewhere():
+    class OfSequences(nn.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    torch.manual_seed(0)
+    net, batches = OfSequences(3), [torch.randn(4, length, 3) + length for length in (2, 5, 9)]
+    reestimate_batch_norm(net, batches)
+    together = torch.cat([x.flatten(0, 1) for x in batches])
+    assert torch.allclose(net.running_mean, together.mean(0))
+    assert torch.allclose(net.running_var, together.var(0))

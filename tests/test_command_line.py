@@ -292,11 +292,23 @@ def test_a_part_of_a_module_with_arguments_and_shared_weights(tmp_path, capsys):
         (["inspect", "unsafe.pt"], "unsafe.pt is damaged, or holds other objects .* weights_only=False .--trusted"),
         (["inspect", "text.ckpt", "--trusted"], "text.ckpt is damaged$"),
         (["inspect", "empty.ckpt"], "empty.ckpt is damaged"),
+        (["inspect", "half.ckpt"], "half.ckpt is damaged"),
+        (["inspect", "short.ckpt"], "short.ckpt is damaged"),
+        (["inspect", "numbered.pt"], "numbered.pt must be a checkpoint or a state_dict, and holds a dict"),
+        (["inspect", "."], "Is a directory"),
+        *(
+            (["compare", "state.ckpt", "--module", "models.ConvModule", "--data", name], f"{name} is damaged")
+            for name in ("cut.npz", "empty.npy", "empty.npz")
+        ),
+        (
+            ["compare", "state.ckpt", "--module", "models.ConvModule", "--data", "x.pt", "--exported", "cut.pt2"],
+            "cut.pt2 cannot be read",
+        ),
         (["inspect", "list.pt"], "list.pt must be a checkpoint or a state_dict, and holds a list"),
         (["inspect", "noscale.pt"], "the state is damaged: it has .*_quantizer.grid and no scale"),
         (
             ["export", "state.ckpt", "--module", "models.ConvModule", "--to", "onnx", "--input", "text.ckpt"],
-            "text.ckpt is damaged",
+            "text.ckpt is damaged, or is no .npy, .npz or .pt file of tensors$",
         ),
         (
             ["export", "state.ckpt", "--module", "models.ConvModule", "--to", "packed", "--module-args", "[1]"],
@@ -322,6 +334,16 @@ def test_errors_are_one_line(arguments, words, run, tmp_path, monkeypatch, capsy
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     (tmp_path / "empty.ckpt").touch()
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({1: torch.ones(2)}, tmp_path / "numbered.pt")
+    torch.save(X, tmp_path / "x.pt")
+    content = (tmp_path / "state.ckpt").read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "short.ckpt").write_bytes(content[:-10])
+    np.savez(tmp_path / "whole.npz", x=X.numpy())
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:100])
+    (tmp_path / "cut.pt2").write_bytes((tmp_path / "whole.npz").read_bytes()[:100])
+    for name in ("empty.npy", "empty.npz"):
+        (tmp_path / name).touch()
     state = torch.load(folder / "middle.ckpt", weights_only=True)["state_dict"]
     torch.save({k: v for k, v in state.items() if not k.endswith("scale")}, tmp_path / "noscale.pt")
     assert main(arguments) == 1

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torchmetrics import MetricCollection
 
 from lightning_qat_osc.metrics import SQNR, FrozenShare, OscillatingShare, OscillationFrequency
 from lightning_qat_osc.oscillation import OscillationState
@@ -27,6 +28,16 @@ def test_by_hand(states):
     assert frequency.compute()[""].item() == pytest.approx(0.81 / 10)
     assert {k: v.item() for k, v in share.compute().items()} == {"": pytest.approx(0.8), "a": 0.5, "b.c": 1.0}
     assert {k: v.item() for k, v in frozen.compute().items()} == {"": pytest.approx(0.1), "a": 0.25, "b.c": 0.0}
+
+
+def test_in_a_collection_each_is_itself(states):
+    names = list(states)
+    collection = MetricCollection([OscillationFrequency(names), OscillatingShare(names), FrozenShare(names)])
+    collection.update({name: OscillationState(state.weight_int) for name, state in states.items()})  # nothing yet
+    collection.reset()
+    collection.update(states)
+    means = [collection[name].compute()["a"].item() for name in sorted(collection.keys())]
+    assert means == pytest.approx([0.25, 0.5, 0.0525])
 
 
 def test_threshold(states):
@@ -83,3 +94,10 @@ def test_sqnr_of_half_precision_and_of_nothing():
     nothing = SQNR()
     nothing.update(torch.zeros(3), torch.zeros(3))
     assert nothing.compute() == torch.inf
+
+
+def test_what_is_no_list_of_names_or_of_two_shapes():
+    with pytest.raises(TypeError, match="layers must be a sequence of names, got 'abc'"):
+        FrozenShare("abc")
+    with pytest.raises(ValueError, match=r"x_q must be of the shape of x, \(2, 3\), got \(3,\)"):
+        SQNR().update(torch.ones(2, 3), torch.ones(3))

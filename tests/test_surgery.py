@@ -225,3 +225,44 @@ def test_plan_and_states():
     assert oscillation_states(net)["head"].weight_int.shape == net.head.weight.shape
     assert [w.name for w in quantized_weights(net, max_bits=3)] == list(plan)
     assert quantized_weights(net, max_bits=2) == []
+
+
+class WithAQuantizer(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.input_quantizer = nn.Hardtanh(-0.1, 0.1)
+
+
+class Sealed(nn.Linear):
+    def __init_subclass__(cls, *, key):
+        super().__init_subclass__()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (WithAQuantizer, "layer '1' has a input_quantizer of its own, where quantizers would be. Leave it out with"),
+        (Sealed, "layer '1' is of a class, Sealed, that cannot be subclassed: .*key.* Leave it out with LayerRule"),
+    ],
+)
+def test_layers_that_have_no_room_for_quantizers_are_refused_first(kind, words):
+    net = nn.Sequential(nn.Linear(4, 4), kind(4, 4))
+    with pytest.raises(ValueError, match=words):
+        quantize_model(net, QuantConfig())
+    assert type(net[0]) is nn.Linear
+    quantize_model(net, QuantConfig(rules=[LayerRule("1", weight_bits=None, activation_bits=None)]))
+    assert type(net[1]) is kind
+
+
+def test_a_history_comes_to_a_module_without_memory():
+    def made():
+        return quantize_model(nn.Sequential(nn.Linear(4, 4)), QuantConfig(3, 3))
+
+    net = made()
+    for _, weight, q in quantized_weights(net):
+        q.start_tracking(weight).frequency.fill_(0.25)
+    with torch.device("meta"):
+        other = made()
+    other.load_state_dict(net.state_dict(), assign=True)
+    for name, state in oscillation_states(net).items():
+        assert torch.equal(oscillation_states(other)[name].frequency, state.frequency)

@@ -54,6 +54,9 @@ def _own_samplers(loader: DataLoader[Any]) -> dict[str, Any]:
     inner = getattr(loader.batch_sampler, "sampler", None)
     if inner is not None and batch_sampler is not loader.batch_sampler:
         batch_sampler.sampler = sampler if inner is loader.sampler else _copied(inner)
+    for own in (sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
+        if own not in (None, loader.sampler, loader.batch_sampler, inner) and hasattr(own, "set_epoch"):
+            own.set_epoch(0)  # the same batches in each
     return {"sampler": sampler, "batch_sampler": batch_sampler}
 
 

@@ -190,7 +190,8 @@ class ModelExport(pl.Callback):
 
     def _network(self, pl_module: pl.LightningModule) -> nn.Module:
         try:
-            return pl_module if self.network is None else pl_module.get_submodule(self.network)
+            network = pl_module if self.network is None else pl_module.get_submodule(self.network)
+            return getattr(network, "_orig_mod", network)  # of torch.compile(network)
         except AttributeError as error:
             raise MisconfigurationException(
                 f"network must name a submodule of {type(pl_module).__name__}, got {self.network!r}: {error}"

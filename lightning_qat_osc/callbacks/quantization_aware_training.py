@@ -40,7 +40,7 @@ from lightning_qat_osc.kernels import why_nothing_compiles
 from lightning_qat_osc.lookup import own_parameters, quantized_layers, quantizers, scale_parameters
 from lightning_qat_osc.plan import LayerPlan, format_plan, quantization_plan
 from lightning_qat_osc.ranges import RangeMethod
-from lightning_qat_osc.sharding import whole
+from lightning_qat_osc.sharding import reshard, whole
 from lightning_qat_osc.surgery import (
     bits_differences,
     hidden_weights,
@@ -183,6 +183,8 @@ class QuantizationAwareTraining(pl.Callback):
                 )
         if quantizable_layers(pl_module):
             quantize_model(pl_module, self.config)
+        if stage != "fit" and trainer.strategy.restore_checkpoint_after_setup:
+            self._hold_scales(pl_module)  # the Trainer may still have a fit's optimizers, which it restores, too
         if stage == "fit" and isinstance(trainer.strategy, DDPStrategy):
             self._warn_of_teachers(pl_module)
 
@@ -258,9 +260,13 @@ class QuantizationAwareTraining(pl.Callback):
             self._saved_scale_updates = None
         self._make_room_for_scales(trainer, pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
-            # from here on, and these strategies ask an optimizer for a state of every parameter that it may move
-            for scale in scale_parameters(pl_module):
-                scale.requires_grad_(False)
+            self._hold_scales(pl_module)  # from here on
+
+    def _hold_scales(self, pl_module: pl.LightningModule, hold: bool = True) -> None:
+        """While states are restored that ask an optimizer for one of each parameter which it may move."""
+        reshard(pl_module)  # it has the parts, where a forward pass may have left whole parameters
+        for scale in scale_parameters(pl_module):
+            scale.requires_grad_(not hold)
 
     def _choose_kernels(self, pl_module: pl.LightningModule) -> None:
         problem = why_nothing_compiles(pl_module.device) if self.fused else None
@@ -309,8 +315,8 @@ class QuantizationAwareTraining(pl.Callback):
         self._checked = False
         before = partial(self.on_before_optimizer_step, trainer, pl_module)
         self._step_hooks.attach(trainer, before, self._after_step)
-        for scale in scale_parameters(pl_module) if trainer.strategy.restore_checkpoint_after_setup else []:
-            scale.requires_grad_(True)
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._hold_scales(pl_module, False)
         _begin_anew_where_stale(pl_module)
         self._check_bits(pl_module)
         release_frozen_weights(trainer, pl_module)
@@ -474,6 +480,8 @@ class QuantizationAwareTraining(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the optimizers."""
+        if stage != "fit" and trainer.strategy.restore_checkpoint_after_setup:
+            self._hold_scales(pl_module, False)
         self._release(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils import _pytree as pytree
 
 from lightning_qat_osc.arguments import with_quantized_arguments
 from lightning_qat_osc.checks import check_module
@@ -27,6 +28,7 @@ from lightning_qat_osc.export.integers import (
     layers_by_every_name,
 )
 from lightning_qat_osc.layers import calling_forward, written_parameter
+from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantizers import QuantizedLayer
 
 __all__ = ["IntegerModel", "QuantizeInputs", "convert", "integer_model"]
@@ -110,7 +112,8 @@ def convert(module: Module, *, fold_batch_norm: bool = False) -> Module:
         ValueError: If nothing in the module is quantized, or a layer cannot be converted; the message says why.
 
     Warns:
-        UserWarning: Of each batch norm that stays although it was to be folded, with the reason.
+        UserWarning: Of each batch norm that stays although it was to be folded, with the reason; of a weight that
+            calibration in this process has seen read outside of its layer.
     """
     model = integer_model(module, fold_batch_norm=fold_batch_norm)
     for name, reason in model.folding.kept.items():
@@ -139,6 +142,15 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
             f"module must have quantizers with ranges to be exported, and {type(module).__name__} has none: train it "
             "with QuantizationAwareTraining, or load its checkpoint with load_quantized"
         )
+    for name, layer in quantized_layers(module).items():
+        for parameter, w in layer.weight_quantizers().items():
+            if w.read_outside is not None and w.calibrated and w.bits is not None:
+                warnings.warn(
+                    f"The {parameter} of layer '{name}' is also read outside of the layer, by {w.read_outside}: in "
+                    "full precision in the quantized model, as integers times scale in what is made of it now, so "
+                    f"their outputs differ. LayerRule(pattern='{name}', weight_bits=None) leaves it as it is.",
+                    stacklevel=3,
+                )
     arguments = {name: dict(argument_grids(layer)) for name, layer in layers_by_every_name(module).items()}
     plain = without_quantizers(module)
     prepare_layers(plain, list(arguments))
@@ -152,14 +164,34 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
 
 
 def copied(module: Module) -> Module:
-    """A deep copy, also of a module on which a forward pass has left tensors."""
-    # such an attribute (a loss, the weight of a norm) has a graph, and cannot be copied as it is
-    attributes = [t for m in module.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    copy_of_it = copy.deepcopy(module, {id(t): t.detach().clone() for t in attributes})
+    """A deep copy, also of a module on which a forward pass has left tensors.
+
+    Raises:
+        TypeError: If an attribute cannot be copied; the message names it.
+    """
+    # such a tensor (a loss, a list of them, the weight of a norm) has a graph, and cannot be copied as it is
+    kept = [x for m in module.modules() for x in pytree.tree_leaves(list(vars(m).values())) if isinstance(x, Tensor)]
+    copies = {id(t): t.detach().clone() for t in kept if not t.is_leaf}
+    try:
+        copy_of_it = copy.deepcopy(module, dict(copies))
+    except Exception as error:
+        raise TypeError(f"{type(module).__name__} cannot be copied{_because_of(module, copies)}: {error}") from error
     for m in copy_of_it.modules():
         # the compiled call of a LightningModule is copied with it, and goes on calling the original
         vars(m).pop("_compiled_call_impl", None)
     return copy_of_it
+
+
+def _because_of(module: nn.Module, copies: Mapping[int, Tensor]) -> str:
+    """The attribute that keeps a module from being copied."""
+    for name, m in module.named_modules():
+        for key, value in vars(m).items():
+            if key not in nn.Module().__dict__:
+                try:
+                    copy.deepcopy(value, dict(copies))
+                except Exception:
+                    return f", because of its attribute '{name}.{key}'".replace("'.", "'")
+    return ""
 
 
 def without_quantizers(module: Module) -> Module:

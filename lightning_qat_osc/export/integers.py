@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_qat_osc.checks import check_module
 from lightning_qat_osc.functional import quantize_to_int
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight
@@ -102,6 +103,7 @@ def integer_weights(module: nn.Module) -> dict[str, IntegerWeight]:
     Raises:
         ValueError: If a weight holds NaN, or its scale is no positive number.
     """
+    check_module("module", module)
     found: dict[tuple[WeightQuantizer, Tensor | QuantizedLayer], IntegerWeight] = {}
     weights = {}
     for name, layer in layers_by_every_name(module).items():
@@ -146,6 +148,7 @@ def input_grids(module: nn.Module) -> dict[str, dict[str, InputGrid]]:
         Layer name -> name of an argument of its forward -> grid, in the order of the arguments. Layers without
         quantized inputs are not there.
     """
+    check_module("module", module)
     found = {
         name: {argument: grid for argument, grid in argument_grids(layer) if grid is not None}
         for name, layer in layers_by_every_name(module).items()

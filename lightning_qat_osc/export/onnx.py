@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_qat_osc.arguments import call_arguments
-from lightning_qat_osc.checks import check_file, check_module
+from lightning_qat_osc.checks import check_count, check_file, check_module
 from lightning_qat_osc.export.extras import require_extra
 from lightning_qat_osc.export.pt2e import export_program
 from lightning_qat_osc.files import written_whole
@@ -56,12 +56,13 @@ def export_onnx(
         ImportError: If the packages of ``lightning-qat-osc[onnx]`` are not installed, or torch is older than 2.9.
         TypeError: If ``module`` is no module, or ``path`` no path.
         ValueError: If nothing in the module is quantized, a layer cannot be converted, the module is not in 32-bit
-            floating point, or ``opset_version`` is below 18.
+            floating point, or ``opset_version`` is below 18 or beyond what torch knows.
         RuntimeError: If torch cannot export the module; the message has torch's reason.
     """
     require_extra("onnx", "export_onnx")
     check_module("module", module)
     check_file("path", path)
+    check_count("opset_version", opset_version)
     if opset_version < 18:
         raise ValueError(f"opset_version must be at least 18, got {opset_version}")
     projected = [name for name, m in module.named_modules() if isinstance(m, nn.LSTM) and m.proj_size > 0]
@@ -85,6 +86,9 @@ def export_onnx(
     except torch.onnx.OnnxExporterError as error:
         raise RuntimeError(f"torch.onnx cannot export {type(module).__name__}: {error}") from error
     assert exported is not None
+    written = exported.model.opset_imports.get("")
+    if written != opset_version:
+        raise ValueError(f"opset_version must be one that this torch can write, got {opset_version}, not {written}")
     onnx_graph.finish(exported.model, program)
     content = onnx_graph.checked(exported.model)
     with written_whole(path) as file:

@@ -417,7 +417,8 @@ def _name_outputs(graph: ir.Graph, program: ExportedProgram) -> None:
     leaves, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(spec.num_leaves), spec))
     made: Sequence[object] = program.graph.output_node().args[0]
     made = made[len(made) - len(leaves) :]  # behind changed buffers
-    taken = {value.name for value in graph.inputs}
+    inner = {value for node in graph for value in node.outputs} - set(graph.outputs)
+    taken = {value.name for value in (*graph.inputs, *graph.initializers.values(), *inner)}
     for value, (path, _) in zip(graph.outputs, (leaf for leaf in leaves if made[leaf[1]] is not None)):
         name = "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
         name = name if name and not name[0].isdigit() else f"output_{name}".rstrip("_")

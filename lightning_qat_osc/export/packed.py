@@ -92,7 +92,7 @@ def save_packed(module: nn.Module, path: str | PathLike[str], *, fold_batch_norm
         ValueError: If nothing in the module is quantized, or a layer cannot be exported.
     """
     check_file("path", path)
-    save_file = _safetensors().torch.save_file
+    serialized = _safetensors().torch.save
     model = integer_model(module, fold_batch_norm=fold_batch_norm)
     first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -121,7 +121,7 @@ def save_packed(module: nn.Module, path: str | PathLike[str], *, fold_batch_norm
     text = json.dumps(manifest)
     metadata = {"format": _FORMAT, "manifest": text, "sha256": _checksum(text, tensors)}
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(serialized(tensors, metadata))  # its own save_file hides the file from other users
 
 
 def load_packed(path: str | PathLike[str], module: Module) -> Module:

@@ -19,7 +19,7 @@ from lightning_qat_osc.export.convert import QuantizeInputs, integer_model
 from lightning_qat_osc.export.folding import CannotFoldError, scaled_channels
 from lightning_qat_osc.export.integers import InputGrid, IntegerWeight
 
-__all__ = ["export_program"]
+__all__ = ["export_program", "register_operators"]
 
 _aten, _quantized = torch.ops.aten, torch.ops.quantized_decomposed
 _CONVOLUTIONS = {
@@ -74,7 +74,7 @@ def export_program(
     """
     if input_dtype not in (torch.uint8, torch.int8):
         raise ValueError(f"input_dtype must be torch.uint8 or torch.int8, got {input_dtype}")
-    _register_operators()
+    register_operators()
     args, kwargs = call_arguments(example_input)
     shapes = None
     if dynamic_batch:
@@ -96,7 +96,7 @@ def export_program(
     return _trace(fx.GraphModule(constants, graph_module.graph), args, kwargs, shapes, type(module).__name__)
 
 
-def _register_operators() -> None:
+def register_operators() -> None:
     """Make ``quantized_decomposed`` known, by a private module that torch's own compiler imports too: here alone."""
     importlib.import_module("torch.ao.quantization.fx._decomposed")
 

@@ -24,11 +24,13 @@ X = torch.randn(5, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 class Wrapping(L.LightningModule):
     """A LightningModule without a forward, as most are."""
 
-    def __init__(self, compiled=False):
+    def __init__(self, compiled=False, wrapped=False):
         super().__init__()
         self.network = ConvModule()
         if compiled:
             self.network.compile(backend="eager")
+        if wrapped:
+            self.network = torch.compile(self.network, backend="eager")
 
     def training_step(self, batch, batch_idx):
         return F.cross_entropy(self.network(x=batch[0]), batch[1])
@@ -80,6 +82,7 @@ def test_all_formats_at_the_end_of_fit(tmp_path):
         (ConvModule(), ModelExport(["torch"]), torch.zeros(3, 1, 6, 6)),
         (Wrapping(), ModelExport(["torch"], network="network", dirpath="elsewhere"), None),
         (Wrapping(compiled=True), ModelExport(["torch"], network="network", dirpath="elsewhere"), None),
+        (Wrapping(wrapped=True), ModelExport(["torch"], network="network", dirpath="elsewhere"), None),
     ],
 )
 def test_example_inputs(module, export, example_input_array, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import ConvModule, Data, dataset, loader, trainer
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
 from torchmetrics import MeanMetric, MinMaxMetric
 
 from lightning_qat_osc import BatchNormReestimation, QuantizationAwareTraining
@@ -225,6 +225,21 @@ def test_generators_of_samplers_and_datasets_go_on_as_without_passes(make, of_da
         trainer(some, max_epochs=2).fit(Noting(), train, loader(16))
         seen.append(torch.stack(batches))
     assert torch.equal(*seen)
+
+
+def test_distributed_samplers_give_the_same_batches_in_each_epoch():
+    seen = []
+
+    def look(module, batch):
+        seen.append(batch[0].sum().item())
+        return module(batch[0])
+
+    data = dataset(32)
+    train = DataLoader(data, 8, sampler=DistributedSampler(data, 1, 0))
+    some = [QuantizationAwareTraining(3, 3), BatchNormReestimation(2, forward_fn=look)]
+    trainer(some, max_epochs=3, num_sanity_val_steps=0).fit(ConvModule(), train, loader(16))
+    assert len(seen) >= 6
+    assert len(set(seen)) == 2
 
 
 class LowRank(nn.Linear):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import hypothesis.strategies as st
 import numpy as np
@@ -315,3 +316,31 @@ def test_a_compiled_module_is_converted_and_not_called():
     with torch.no_grad():
         model.head.weight.zero_()
     assert torch.equal(plain(x), expected)
+
+
+class TiedByAFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.hidden = nn.Embedding(20, 8), nn.Linear(8, 8)
+
+    def forward(self, tokens):
+        return nn.functional.linear(self.hidden(self.embedding(tokens)).relu(), self.embedding.weight)
+
+
+def test_a_weight_that_a_function_reads_too_is_told():
+    tokens = torch.randint(20, (64,))
+    model = calibrated(TiedByAFunction(), tokens, weight_bits=2, activation_bits=None)
+    with pytest.warns(UserWarning, match="weight of layer 'embedding' is also read outside of the layer, by linear"):
+        plain = convert(model)
+    assert not torch.equal(plain(tokens), model(tokens))
+
+
+def test_losses_that_a_module_keeps_are_copied_too():
+    model = calibrated(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(8, 4))
+    model.losses = {"of each batch": [model(torch.randn(8, 4)).sum()]}
+    assert torch.equal(convert(model).losses["of each batch"][0], model.losses["of each batch"][0])
+    model[1].lock = threading.Lock()
+    with pytest.raises(
+        TypeError, match="Sequential cannot be copied, because of its attribute '1.lock': cannot pickle"
+    ):
+        convert(model)

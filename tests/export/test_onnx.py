@@ -498,6 +498,10 @@ def test_arguments_are_refused_by_name(tmp_path):
     model = calibrated(nn.Sequential(nn.Linear(3, 2)), torch.randn(4, 3))
     with pytest.raises(ValueError, match="opset_version must be at least 18, got 17"):
         export_onnx(model, tmp_path / "x.onnx", torch.ones(2, 3), opset_version=17)
+    with pytest.raises(ValueError, match="opset_version must be one that this torch can write, got 99"):
+        export_onnx(model, tmp_path / "x.onnx", torch.ones(2, 3), opset_version=99)
+    with pytest.raises(TypeError, match="opset_version must be an integer of at least 1, got '21'"):
+        export_onnx(model, tmp_path / "x.onnx", torch.ones(2, 3), opset_version="21")
     with pytest.raises(ValueError, match=r"torch\.float32.*torch\.float64"):
         export_onnx(model.double(), tmp_path / "x.onnx", torch.ones(2, 3).double())
 
@@ -668,6 +672,26 @@ def test_outputs_whose_names_would_be_one(tmp_path):
     export_onnx(calibrated(Nested(), x), tmp_path / "model.onnx", x)
     names = [o.name for o in session(tmp_path / "model.onnx").get_outputs()]
     assert names == ["a_0", "a_1", "a_0_output"]
+
+
+class Named(nn.Module):
+    def __init__(self, key):
+        super().__init__()
+        self.first, self.second, self.key = nn.Linear(4, 4), nn.Linear(4, 3), key
+
+    def forward(self, x):
+        return {self.key: self.second(self.first(x).relu())}
+
+
+@pytest.mark.parametrize("activation_bits", [None, 8])
+@pytest.mark.parametrize("key", ["relu", "linear", "first.weight", "first.weight_scale", "val_1", "logits"])
+def test_outputs_that_are_called_like_what_is_inside(tmp_path, key, activation_bits):
+    x = torch.randn(3, 4)
+    model = calibrated(Named(key), x, activation_bits=activation_bits)
+    export_onnx(model, tmp_path / "model.onnx", x)
+    ((name, out),) = ((o.name, o) for o in session(tmp_path / "model.onnx").get_outputs())
+    assert name.removesuffix("_output") == key
+    assert out.shape[1] == 3
 
 
 @pytest.mark.parametrize("bias", [True, False])

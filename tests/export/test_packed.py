@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import sys
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -14,7 +15,7 @@ from models import ConvModule, Data, trainer
 from test_convert import LAYERS, Only, Tied, assert_equal, old_norms
 from torch import nn
 
-from lightning_qat_osc import QuantizationAwareTraining, load_quantized
+from lightning_qat_osc import QuantizationAwareTraining, load_quantized, oscillation_states, quantization_plan
 from lightning_qat_osc.export import convert, integer_weights, load_packed, save_packed
 from lightning_qat_osc.export.formats import export_model
 from lightning_qat_osc.export.packed import pack, unpack
@@ -206,11 +207,13 @@ def test_a_failure_leaves_the_earlier_file(small, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     path.write_bytes(small)
 
-    def fails(tensors, filename, metadata):
-        filename.write_bytes(b"half")
+    write = Path.write_bytes
+
+    def fails(file, content):
+        write(file, content[:100])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(safetensors, "save_file", fails)
+    monkeypatch.setattr(Path, "write_bytes", fails)
     with pytest.raises(OSError, match="no space"):
         save_packed(calibrated(ConvModule(), torch.randn(4, 1, 6, 6)), path)
     assert path.read_bytes() == small
@@ -234,6 +237,12 @@ def test_arguments_of_another_kind(tmp_path):
     model, path = calibrated(nn.Linear(3, 4), torch.randn(4, 3)), tmp_path / "model.safetensors"
     for call, words in (
         (lambda: save_packed(path, model), "path must be the path of a file, got Quantized"),
+        (lambda: save_packed(model, None), "path must be the path of a file, got None"),
+        (lambda: load_packed(None, model), "path must be the path of a file, got None"),
+        (lambda: load_quantized(ConvModule, None), "checkpoint_path must be the path of a file, got None"),
+        (lambda: load_quantized(nn.Linear, path), "module_class must be the class of a LightningModule, got .*Linear"),
+        (lambda: quantization_plan(path), "module must be a torch.nn.Module, got .*model"),
+        (lambda: oscillation_states(ConvModule), "module must be a module, got the class ConvModule"),
         (lambda: load_packed(model, path), "path must be the path of a file, got Quantized"),
         (lambda: load_packed(path, ConvModule), r"module must be a module, got the class ConvModule: make one, ConvM"),
         (lambda: load_quantized(path, ConvModule), "module_class must be the class of a LightningModule, got .*model"),
@@ -245,6 +254,13 @@ def test_arguments_of_another_kind(tmp_path):
     with pytest.raises(ValueError, match="export_format must be one of 'packed', 'onnx', 'torch', got 'pt2'"):
         export_model(model, path, "pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_others_may_read_the_file(tmp_path):
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    save_packed(calibrated(nn.Linear(3, 4), torch.randn(4, 3)), tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_mode == ordinary.stat().st_mode
 
 
 def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):

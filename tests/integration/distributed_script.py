@@ -207,7 +207,6 @@ def main() -> None:
         callbacks,
         max_epochs=a.epochs,
         log_every_n_steps=1,
-        num_sanity_val_steps=0,
         strategy=strategies[a.strategy],
         devices=devices,
         precision=a.precision,
@@ -218,6 +217,7 @@ def main() -> None:
     (a.folder / f"rank{t.global_rank}.json").write_text(json.dumps(report(module, look)))
     if a.save is not None:
         t.save_checkpoint(a.save)
+        t.test(module, InOrder(batch_size=8 // devices), ckpt_path=a.save)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()  # a process that ends early takes the connections of the other with it
         dist.destroy_process_group()
