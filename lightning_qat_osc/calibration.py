@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,6 +77,7 @@ class Calibrator:
         self._observed: dict[tuple[str, str], _Observed] = {}  # by layer and argument
         self._called: dict[str, None] = {}  # in the order of first calls
         self._flow = FollowsOutputs()
+        self._followed = False
         self._first: str | None = None
         self._last: str | None = None
         self._running: list[tuple[str, nn.Module]] = []
@@ -105,6 +106,7 @@ class Calibrator:
             if weights:
                 watching.enter_context(self._watch)
                 watching.enter_context(self._flow)
+                self._followed = True
             yield
 
     def _enter(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -147,7 +149,7 @@ class Calibrator:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self._gather()
         copies = untrained_copies(self._layers, self._trainable)
-        words: list[str] = []
+        words = self._of_teachers(flow.arrived | {_child(name) for name in copies}) if self._followed else []
         if self._config.first_last_bits is not None:
             words += self._set_first_last_bits(self._config.first_last_bits)
         words += [
@@ -172,6 +174,18 @@ class Calibrator:
         for x, other in waiting:
             x.take_over(other)
         return words
+
+    def _of_teachers(self, others: Collection[str]) -> list[str]:
+        """A sentence on layers that nobody trains, but for those of ``others``, backbones and copies."""
+        fixed = [name for name in self._called if name not in self._trainable and _child(name) not in others]
+        quantized = [name for name in fixed if isinstance(self._layers[name], QuantizedLayer)]
+        if not quantized:
+            return []
+        return [
+            f"Nothing that is trained follows {', '.join(quantized[:5])}, which are quantized and not trained. If they "
+            "are of a teacher or a loss network, whose outputs are to stay as they are, leave them in full precision "
+            f"with LayerRule(pattern='{quantized[0]}', weight_bits=None, activation_bits=None)."
+        ]
 
     def _check_recomputation(self) -> None:
         """Refuse to make a weight again that its layer changes where autograd does not see it.

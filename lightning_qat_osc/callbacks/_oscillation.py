@@ -33,13 +33,13 @@ def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> None:
         MisconfigurationException: If none is in the list, or it comes later.
     """
     name = type(callback).__name__
-    position = {id(c): i for i, c in enumerate(trainer.callbacks)}  # type: ignore[attr-defined]
-    quantization = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
-    if not quantization:
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    first = next((i for i, c in enumerate(callbacks) if isinstance(c, QuantizationAwareTraining)), None)
+    if first is None:
         raise MisconfigurationException(
             f"{name} needs quantized weights: add QuantizationAwareTraining(...) to the Trainer's callbacks, before it."
         )
-    if position[id(quantization[0])] > position[id(callback)]:
+    if first > callbacks.index(callback):
         raise MisconfigurationException(
             f"QuantizationAwareTraining must come before {name} in the Trainer's callbacks: it inserts the quantizers "
             "and moves their scales, which the others then read."

@@ -34,6 +34,8 @@ class TracksOscillation(pl.Callback):
         max_bits: Weights of more bits than this are left alone.
     """
 
+    _verb = "track"  # what it does to weights
+
     def __init__(self, momentum: float | None, max_bits: int) -> None:
         super().__init__()
         if momentum is not None:
@@ -77,8 +79,7 @@ class TracksOscillation(pl.Callback):
         for _, weight, quantizer in quantized_weights(pl_module, self.max_bits):
             quantizer.start_tracking(weight)
         if self._leads:
-            verb = "freeze" if isinstance(self, HoldsFrozenWeights) else "track"
-            warn_if_nothing_oscillates(pl_module, self.max_bits, verb)
+            warn_if_nothing_oscillates(pl_module, self.max_bits, self._verb)
 
     def _threshold_now(self, trainer: pl.Trainer) -> float | None:
         """Frequency above which weights freeze after this step; None where nothing ever does."""

@@ -54,6 +54,8 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
         ValueError: If an argument is out of range.
     """
 
+    _verb = "freeze"
+
     def __init__(
         self,
         threshold: float = 0.04,

@@ -424,7 +424,8 @@ def test_a_frozen_teacher_is_not_the_last_layer():
             return super().training_step(batch, batch_idx) + F.cross_entropy(self(batch[0]), target) + target.sum() * 0
 
     module = Distilled()
-    trainer([qat()], max_steps=1).fit(module, Data())
+    with pytest.warns(UserWarning, match="Nothing that is trained follows teacher, which are quantized"):
+        trainer([qat()], max_steps=1).fit(module, Data())
     assert (module.stem.weight_quantizer.bits, module.head.weight_quantizer.bits) == (8, 8)
     assert module.teacher.weight_quantizer.bits == 3
 
