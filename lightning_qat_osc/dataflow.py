@@ -113,9 +113,10 @@ class WatchesWeights(TorchFunctionMode):
         return [(layer.__dict__[p], name) for p in own if isinstance(layer.__dict__.get(p), Tensor)]
 
     def _layer_of(self, x: Tensor, weights: list[tuple[Tensor, str]]) -> str | None:
-        """The layer whose quantized weight a tensor is, or another view or a copy of."""
+        """The layer, of those that run, whose quantized weight a tensor is, or another view or a copy of."""
         aliases: Any = self._aliases
-        return next((name for w, name in weights if x is w), aliases.get(x))
+        alias = aliases.get(x)  # one that a layer returns is an output like others
+        return next((name for w, name in weights if x is w), alias if alias in dict(self._running) else None)
 
 
 class FollowsOutputs(TorchFunctionMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
@@ -146,6 +147,12 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load the quantizer, if the checkpoint has it."""
         if any(key.startswith(prefix) for key in state_dict):
+            if f"{prefix}grid" not in state_dict:
+                warnings.warn(
+                    f"The state has a scale of {prefix.rstrip('.')}, but no grid, which is a buffer: without it the scale "
+                    "is worth nothing, and the next fit sets a new one.",
+                    stacklevel=2,
+                )
             super()._load_from_state_dict(state_dict, prefix, *args)
             self._read_grid()
             self.stale = False

@@ -181,6 +181,22 @@ def test_other_views_of_a_weight_leave_the_grid_too(kind, function):
     assert [f"by {function}, which may be off the grid" in word for word in words] == [True]
 
 
+def test_rows_of_a_weight_that_a_layer_returns_are_an_output():
+    class Positions(nn.Embedding):  # as Whisper's
+        def forward(self, x):
+            return self.weight[: x.shape[1]]
+
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.positions, self.head = nn.Embedding(9, 4), Positions(8, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.tokens(x) + self.positions(x))
+
+    assert calibrate(Added(), QuantConfig(3, None, first_last_bits=None), [torch.randint(9, (2, 5))]) == []
+
+
 @pytest.mark.parametrize(("kind", "fits"), [(Masked, False), (Renormalized, True), (Standardized, True)])
 def test_a_weight_that_is_changed_past_autograd_is_not_recomputed(kind, fits):
     config, x = QuantConfig(3, None, first_last_bits=None), torch.randn(2, 2, 5, 5)
