@@ -149,8 +149,8 @@ class Quantizer(nn.Module):
         if any(key.startswith(prefix) for key in state_dict):
             if f"{prefix}grid" not in state_dict:
                 warnings.warn(
-                    f"The state has a scale of {prefix.rstrip('.')}, but no grid, which is a buffer: without it the scale "
-                    "is worth nothing, and the next fit sets a new one.",
+                    f"The state has a part of {prefix.rstrip('.')}, but not its grid, which is a buffer: without it a "
+                    "scale is worth nothing, and the next fit sets a new one.",
                     stacklevel=2,
                 )
             super()._load_from_state_dict(state_dict, prefix, *args)

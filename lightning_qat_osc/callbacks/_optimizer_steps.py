@@ -24,7 +24,7 @@ class OptimizerStepHooks:
     """
 
     def __init__(self) -> None:
-        self._attach: Callable[[], None] = lambda: None
+        self._attach_again: Callable[[], None] | None = None
         self._handles: list[RemovableHandle] = []
         self._hooked: set[Optimizer] = set()
         self._begun: set[Optimizer] = set()
@@ -45,7 +45,7 @@ class OptimizerStepHooks:
                 gradient scaler has left unscaling to the optimizer.
         """
         self.detach()
-        self._attach = partial(self.attach, trainer, before, after)
+        self._attach_again = partial(self.attach, trainer, before, after)
 
         def ensure_begun(optimizer: Optimizer) -> None:
             if optimizer not in self._begun:
@@ -105,15 +105,15 @@ class OptimizerStepHooks:
 
     def begin(self, optimizer: Optimizer) -> None:
         """Note that what comes before the optimizer's next step is being done; hook it, if it is new."""
-        if optimizer not in self._hooked:
-            self._attach()
+        if optimizer not in self._hooked and self._attach_again is not None:
+            self._attach_again()
         self._begun.add(optimizer)
 
     def detach(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-        self._attach = lambda: None
+        self._attach_again = None
         self._handles = []
         self._hooked = set()
         self._begun = set()
