@@ -105,7 +105,7 @@ def main() -> None:
     print(machine())
     shapes = (24, 1024), (6, 2048), (1, 5120)
     tables = [compare(layers, width, rounds) for layers, width in shapes]
-    print("", *tables, per_weight((1, 10, 25, 100), rounds), sep="\n\n")
+    print("", *tables, per_weight((1, 10, 25, 100), 3 * rounds), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,83 +12,70 @@ from torch.utils.hooks import RemovableHandle
 
 __all__ = ["OptimizerStepHooks", "is_log_step"]
 
+StepFunction = Callable[[Optimizer], None]
+
 
 class OptimizerStepHooks:
     """Calls functions around each step that an optimizer of the Trainer really takes, whoever asked for it.
 
     They are not called for micro-batches that only accumulate gradients, nor, after the step, where a gradient scaler
     skips it; they are under manual optimization, and for each of several optimizers. Before a step Lightning's
-    ``on_before_optimizer_step`` comes first, ahead of clipping, and says so with :meth:`begin`. Optimizers that a
-    module takes without Lightning's wrapper know no such hook: their own then makes up for it.
+    ``on_before_optimizer_step`` comes first, ahead of clipping, and a callback says so with :meth:`begin`. Optimizers
+    that a module takes without Lightning's wrapper know no such hook: their own then makes up for it.
     """
 
     def __init__(self) -> None:
-        self._attach_again: Callable[[], None] | None = None
+        self._trainer: pl.Trainer | None = None
+        self._before: dict[pl.Callback, StepFunction] = {}
+        self._after: list[StepFunction] = []
         self._handles: list[RemovableHandle] = []
         self._hooked: set[Optimizer] = set()
-        self._begun: set[Optimizer] = set()
+        self._begun: set[tuple[pl.Callback, Optimizer]] = set()
         self._running: dict[Optimizer, tuple[int, int]] = {}  # how deep in steps, and in which batch
 
-    def attach(
-        self, trainer: pl.Trainer, before: Callable[[Optimizer], None], after: Callable[[Optimizer], None] | None = None
-    ) -> None:
+    def attach(self, trainer: pl.Trainer) -> None:
         """Hook all optimizers of the Trainer.
-
-        Args:
-            trainer: The Trainer.
-            before: Called where a step that nobody has begun is about to be made, with its gradients in place.
-            after: Called after each step.
 
         Raises:
             MisconfigurationException: If torch calls no hooks around an optimizer's steps; from within a step, if a
                 gradient scaler has left unscaling to the optimizer.
         """
         self.detach()
-        self._attach_again = partial(self.attach, trainer, before, after)
+        self._trainer = trainer
+        self._hook()
 
-        def ensure_begun(optimizer: Optimizer) -> None:
-            if optimizer not in self._begun:
-                before(optimizer)
+    def add(self, callback: pl.Callback, before: StepFunction, after: StepFunction | None = None) -> None:
+        """Call functions for a callback, behind those that are called already.
 
-        def deeper(optimizer: Optimizer, by: int) -> int:
-            """Count steps within steps: for a subclass that calls ``super().step()`` torch calls the hooks twice."""
-            batch = trainer.fit_loop.total_batch_idx
-            depth, counted_in = self._running.get(optimizer, (0, batch))
-            depth = by if counted_in != batch else depth + by  # a step that raised, batches ago, has not ended
-            self._running[optimizer] = depth, batch
-            return depth
+        Args:
+            callback: The callback.
+            before: Called where a step that it has not begun is about to be made, with the gradients in place.
+            after: Called after each step.
+        """
+        self._before[callback] = before
+        if after is not None:
+            self._after.append(after)
 
-        def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if deeper(optimizer, by=1) > 1:
-                return None
-            # set by a gradient scaler that leaves its work to the optimizer
-            if getattr(optimizer, "found_inf", None) is not None:
-                raise MisconfigurationException(
-                    f"{type(optimizer).__name__}(fused=True) unscales gradients and skips steps with inf in them where "
-                    "nobody can see it, so scales and oscillations cannot follow: leave fused=True out, or train "
-                    "without a gradient scaler (bf16-mixed, 32-true)."
-                )
-            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # the first is the optimizer
-            if closure is None:
-                ensure_begun(optimizer)
-                return None
+    def begin(self, callback: pl.Callback, optimizer: Optimizer) -> None:
+        """Note that a callback is doing what comes before the optimizer's next step."""
+        if optimizer not in self._hooked:  # made anew in the middle of the run
+            self._hook()
+        self._begun.add((callback, optimizer))
 
-            def closure_then_begin() -> Any:  # the gradients are made inside the step, and maybe more than once
-                self._begun.discard(optimizer)
-                loss = closure()
-                ensure_begun(optimizer)
-                return loss
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._trainer = None
+        for held in (self._before, self._after, self._handles, self._hooked, self._begun, self._running):
+            held.clear()
 
-            return args[:1] + args[2:], {**kwargs, "closure": closure_then_begin}
-
-        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if deeper(optimizer, by=-1) > 0:
-                return
-            self._begun.discard(optimizer)
-            if after is not None:
-                after(optimizer)
-
-        for optimizer in trainer.optimizers:
+    def _hook(self) -> None:
+        assert self._trainer is not None
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hooked = [], set(self._trainer.optimizers)
+        for optimizer in self._trainer.optimizers:
             if not getattr(type(optimizer).step, "hooked", False):
                 name = type(optimizer).__name__
                 raise MisconfigurationException(
@@ -97,27 +83,57 @@ class OptimizerStepHooks:
                     "call Optimizer.__init__: call super().__init__(params, defaults) in it, or return the optimizer "
                     "that it wraps from configure_optimizers."
                 )
-            self._hooked.add(optimizer)
             self._handles += [
-                optimizer.register_step_pre_hook(before_step),
-                optimizer.register_step_post_hook(after_step),
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
             ]
 
-    def begin(self, optimizer: Optimizer) -> None:
-        """Note that what comes before the optimizer's next step is being done; hook it, if it is new."""
-        if optimizer not in self._hooked and self._attach_again is not None:
-            self._attach_again()
-        self._begun.add(optimizer)
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._deeper(optimizer, by=1) > 1:
+            return None
+        # set by a gradient scaler that leaves its work to the optimizer
+        if getattr(optimizer, "found_inf", None) is not None:
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__}(fused=True) unscales gradients and skips steps with inf in them where "
+                "nobody can see it, so scales and oscillations cannot follow: leave fused=True out, or train "
+                "without a gradient scaler (bf16-mixed, 32-true)."
+            )
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # the first is the optimizer
+        if closure is None:
+            self._ensure_begun(optimizer)
+            return None
 
-    def detach(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._attach_again = None
-        self._handles = []
-        self._hooked = set()
-        self._begun = set()
-        self._running = {}
+        def closure_then_begin() -> Any:  # the gradients are made inside the step, and maybe more than once
+            self._end(optimizer)
+            loss = closure()
+            self._ensure_begun(optimizer)
+            return loss
+
+        return args[:1] + args[2:], {**kwargs, "closure": closure_then_begin}
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._deeper(optimizer, by=-1) > 0:
+            return
+        self._end(optimizer)
+        for after in self._after:
+            after(optimizer)
+
+    def _ensure_begun(self, optimizer: Optimizer) -> None:
+        for callback, before in self._before.items():
+            if (callback, optimizer) not in self._begun:
+                before(optimizer)
+
+    def _end(self, optimizer: Optimizer) -> None:
+        self._begun -= {(callback, optimizer) for callback in self._before}
+
+    def _deeper(self, optimizer: Optimizer, by: int) -> int:
+        """Count steps within steps: for a subclass that calls ``super().step()`` torch calls the hooks twice."""
+        assert self._trainer is not None
+        batch = self._trainer.fit_loop.total_batch_idx
+        depth, counted_in = self._running.get(optimizer, (0, batch))
+        depth = by if counted_in != batch else depth + by  # a step that raised, batches ago, has not ended
+        self._running[optimizer] = depth, batch
+        return depth
 
 
 def is_log_step(trainer: pl.Trainer) -> bool:

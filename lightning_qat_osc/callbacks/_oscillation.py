@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
 from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat_osc.lookup import is_quantized, quantized_layers, weights_with_quantizers
 from lightning_qat_osc.sweep import WeightBatch, in_batches
@@ -22,6 +23,7 @@ __all__ = [
     "require_quantization",
     "run_length",
     "run_step",
+    "step_hooks",
     "warn_if_nothing_oscillates",
 ]
 
@@ -44,6 +46,12 @@ def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> None:
             f"QuantizationAwareTraining must come before {name} in the Trainer's callbacks: it inserts the quantizers "
             "and moves their scales, which the others then read."
         )
+
+
+def step_hooks(trainer: pl.Trainer) -> OptimizerStepHooks:
+    """The hooks around optimizer steps, which all callbacks share."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next(c.step_hooks for c in callbacks if isinstance(c, QuantizationAwareTraining))
 
 
 def require_one(trainer: pl.Trainer, callback: pl.Callback) -> None:

@@ -14,6 +14,7 @@ from lightning_qat_osc.callbacks._oscillation import (
     OptimizerWeights,
     require_one,
     require_quantization,
+    step_hooks,
     warn_if_nothing_oscillates,
 )
 from lightning_qat_osc.checks import check_bits, check_number
@@ -45,7 +46,7 @@ class TracksOscillation(pl.Callback):
         self.max_bits = max_bits
         self._momentum = 0.0  # the one in force
         self._leads = False
-        self._step_hooks = OptimizerStepHooks()
+        self._step_hooks: OptimizerStepHooks
         self._weights: OptimizerWeights
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -74,8 +75,8 @@ class TracksOscillation(pl.Callback):
             if self._leads and moved:
                 advance_states(self._weights.of(optimizer), self._momentum, self._threshold_now(trainer))
 
-        before = partial(self.on_before_optimizer_step, trainer, pl_module)
-        self._step_hooks.attach(trainer, before, after_step)
+        self._step_hooks = step_hooks(trainer)
+        self._step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module), after_step)
         for _, weight, quantizer in quantized_weights(pl_module, self.max_bits):
             quantizer.start_tracking(weight)
         if self._leads:
@@ -84,11 +85,3 @@ class TracksOscillation(pl.Callback):
     def _threshold_now(self, trainer: pl.Trainer) -> float | None:
         """Frequency above which weights freeze after this step; None where nothing ever does."""
         return None
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the optimizers."""
-        self._step_hooks.detach()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizers."""
-        self._step_hooks.detach()

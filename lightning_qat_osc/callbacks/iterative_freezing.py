@@ -120,7 +120,7 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Hand the gradient of frozen weights on to their scale."""
-        self._step_hooks.begin(optimizer)
+        self._step_hooks.begin(self, optimizer)
         weights = self._weights.about_to_move(optimizer)
         dampening, self._dampening = self._dampening, None
         if dampening is None:

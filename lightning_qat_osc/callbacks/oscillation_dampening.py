@@ -16,6 +16,7 @@ from lightning_qat_osc.callbacks._oscillation import (
     require_quantization,
     run_length,
     run_step,
+    step_hooks,
     warn_if_nothing_oscillates,
 )
 from lightning_qat_osc.callbacks.iterative_freezing import IterativeFreezing
@@ -74,7 +75,7 @@ class OscillationDampening(pl.Callback):
         self._schedule: Schedule = constant(final_weight)
         self._weight = 0.0  # the one in force
         self._freezing: IterativeFreezing | None = None
-        self._step_hooks = OptimizerStepHooks()
+        self._step_hooks: OptimizerStepHooks
         self._weights: OptimizerWeights
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -89,7 +90,8 @@ class OscillationDampening(pl.Callback):
         """Hook the optimizers, and lay the schedule over the run."""
         warn_if_nothing_oscillates(pl_module, self.max_bits, "dampen")
         self._weights = OptimizerWeights(pl_module, self.max_bits)
-        self._step_hooks.attach(trainer, partial(self.on_before_optimizer_step, trainer, pl_module))
+        self._step_hooks = step_hooks(trainer)
+        self._step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module))
         if self.initial_weight != self.final_weight:
             steps = run_length(trainer, "The dampening weight")
             self._schedule = cosine_anneal(self.initial_weight, self.final_weight, steps, self.anneal_start)
@@ -99,7 +101,7 @@ class OscillationDampening(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Add lambda times the gradient to that of the weights which this optimizer is about to move."""
-        self._step_hooks.begin(optimizer)
+        self._step_hooks.begin(self, optimizer)
         self._weight = self._schedule(run_step(trainer))
         if self._weight == 0.0:
             return
@@ -123,11 +125,3 @@ class OscillationDampening(pl.Callback):
         pl_module.log("oscillation/dampening_weight", self._weight)
         if losses:
             pl_module.log("oscillation/dampening_loss", whole(torch.stack(losses).sum()))
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the optimizers."""
-        self._step_hooks.detach()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizers."""
-        self._step_hooks.detach()

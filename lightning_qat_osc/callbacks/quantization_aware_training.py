@@ -149,7 +149,7 @@ class QuantizationAwareTraining(pl.Callback):
         self.print_plan = print_plan
         self.plan_path = plan_path
         self.forward_fn = forward_fn
-        self._step_hooks = OptimizerStepHooks()
+        self.step_hooks = OptimizerStepHooks()  # the other callbacks', too
         self._scale_updates: ScaleUpdates | None = None
         self._saved_scale_updates: list[dict[str, Any]] | None = None
         self._watching: tuple[Calibrator, ExitStack] | None = None
@@ -313,8 +313,8 @@ class QuantizationAwareTraining(pl.Callback):
         """Hook the optimizers, and initialise the ranges, unless a checkpoint brought them."""
         assert self._scale_updates is not None
         self._checked = False
-        before = partial(self.on_before_optimizer_step, trainer, pl_module)
-        self._step_hooks.attach(trainer, before, self._after_step)
+        self.step_hooks.attach(trainer)
+        self.step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module), self._after_step)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._hold_scales(pl_module, False)
         _begin_anew_where_stale(pl_module)
@@ -362,7 +362,7 @@ class QuantizationAwareTraining(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Take the scales' gradients out: the user's optimizer is not to move or clip by them."""
-        self._step_hooks.begin(optimizer)
+        self.step_hooks.begin(self, optimizer)
         assert self._scale_updates is not None
         if not self._scale_updates.knows(optimizer):  # one that was made anew in the middle of the run
             self._scale_updates = ScaleUpdates(list(trainer.optimizers), pl_module, self.scale_learning_rate)
@@ -489,7 +489,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._release(pl_module)
 
     def _release(self, pl_module: pl.LightningModule) -> None:
-        self._step_hooks.detach()
+        self.step_hooks.detach()
         for quantizer in quantizers(pl_module):
             quantizer.stale = False  # weights that were exchanged within a run were its own affair
         if self._watching is not None:

