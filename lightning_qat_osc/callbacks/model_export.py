@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,11 +61,13 @@ class ModelExport(pl.Callback):
         network: str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(formats, str) or not formats:
+        if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
             raise ValueError(f"formats must be a list of at least one of {', '.join(SUFFIXES)}, got {formats!r}")
         for export_format in formats:
             check_choice("formats", export_format, ExportFormat)
         check_choice("when", when, When)
+        if dirpath is not None and not isinstance(dirpath, (str, PathLike)):
+            raise TypeError(f"dirpath must be the path of a folder, got {dirpath!r}")
         if dirpath is not None and when == "best":
             raise ValueError(
                 f"dirpath must be None with when='best', whose files are beside checkpoints, got {dirpath!r}"

@@ -301,7 +301,7 @@ def _raise(quantize: ir.Node) -> None:
     if len(consumers) == 1 and consumers[0].op_type == "Clip":  # to a grid narrower than the type
         low, high = (int(cast(Array, _content(limit))) for limit in consumers[0].inputs[1:])
         consumers[0].outputs[0].replace_all_uses_with(integers)
-        graph.remove(consumers[0])
+        graph.remove(consumers[0], safe=True)
     while True:
         value = quantize.inputs[0]
         above = None if value is None else value.producer()

@@ -233,13 +233,15 @@ def test_fast_dev_run_writes_nothing(tmp_path):
     [
         ({"formats": []}, "formats must be a list of at least one of packed, onnx, torch, got"),
         ({"formats": "onnx"}, "formats must be a list"),
+        ({"formats": 5}, "formats must be a list of at least one of packed, onnx, torch, got 5"),
         ({"formats": ["tflite"]}, "formats must be one of 'packed', 'onnx', 'torch', got 'tflite'"),
         ({"when": "always"}, "when must be one of 'fit_end', 'best', got 'always'"),
+        ({"dirpath": 3}, "dirpath must be the path of a folder, got 3"),
         ({"when": "best", "dirpath": "x"}, "dirpath must be None with when='best'.* got 'x'"),
     ],
 )
 def test_arguments_are_checked(arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         ModelExport(**arguments)
 
 

@@ -718,3 +718,12 @@ def test_the_bias_is_apart_where_data_move_ahead_of_a_convolution(tmp_path):
     export_onnx(model, tmp_path / "model.onnx", x)
     assert operators(tmp_path / "model.onnx")["Sum"] == 3
     assert_close(run(tmp_path / "model.onnx", x)[0], outputs(model, x))
+
+
+def test_every_initializer_is_used(tmp_path):
+    x = torch.randn(4, 6)
+    model = calibrated(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), x, weight_bits=3)
+    export_onnx(model, tmp_path / "model.onnx", x)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    used = {name for node in graph.node for name in node.input}
+    assert {initializer.name for initializer in graph.initializer} <= used
