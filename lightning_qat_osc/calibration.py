@@ -146,10 +146,13 @@ class Calibrator:
         flow = self._flow
         within = frozenset() if flow.bypassed else flow.arrived  # a backbone that is frozen, but no teacher
         self._first = next((n for n in self._called if n in self._trainable or _child(n) in within), None)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        distributed = dist.is_available() and dist.is_initialized()
+        if distributed and dist.get_world_size() > 1:
             self._gather()
         copies = untrained_copies(self._layers, self._trainable)
-        words = self._of_teachers(flow.arrived | {_child(name) for name in copies}) if self._followed else []
+        words = []
+        if self._followed and not distributed:  # DDP has to be told of teachers before it waits for them
+            words += self._of_teachers(flow.arrived | {_child(name) for name in copies})
         if self._config.first_last_bits is not None:
             words += self._set_first_last_bits(self._config.first_last_bits)
         words += [
