@@ -54,8 +54,9 @@ def _own_samplers(loader: DataLoader[Any]) -> dict[str, Any]:
     inner = getattr(loader.batch_sampler, "sampler", None)
     if inner is not None and batch_sampler is not loader.batch_sampler:
         batch_sampler.sampler = sampler if inner is loader.sampler else _copied(inner)
+    theirs = loader.sampler, loader.batch_sampler, inner
     for own in (sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
-        if own not in (None, loader.sampler, loader.batch_sampler, inner) and hasattr(own, "set_epoch"):
+        if hasattr(own, "set_epoch") and not any(own is other for other in theirs):
             own.set_epoch(0)  # the same batches in each
     return {"sampler": sampler, "batch_sampler": batch_sampler}
 
@@ -74,9 +75,7 @@ def _generators(loader: Any) -> list[Any]:
             if held is not None and not any(held is other for other in holders):
                 holders.append(held)
     found = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]
-    return [
-        g for g in found if isinstance(g, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState))
-    ]
+    return [value for value in found if isinstance(value, _GENERATORS)]
 
 
 @contextmanager
