@@ -55,10 +55,10 @@ def _own_samplers(loader: DataLoader[Any]) -> dict[str, Any]:
     if inner is not None and batch_sampler is not loader.batch_sampler:
         batch_sampler.sampler = sampler if inner is loader.sampler else _copied(inner)
     theirs = loader.sampler, loader.batch_sampler, inner
-    own_ones: list[Any] = [sampler, batch_sampler, getattr(batch_sampler, "sampler", None)]
-    for own in own_ones:
-        if hasattr(own, "set_epoch") and not any(own is other for other in theirs):
-            own.set_epoch(0)  # the same batches in each
+    copies: list[Any] = [sampler, batch_sampler, getattr(batch_sampler, "sampler", None)]
+    for each in copies:
+        if hasattr(each, "set_epoch") and not any(each is other for other in theirs):
+            each.set_epoch(0)  # the same batches in each
     return {"sampler": sampler, "batch_sampler": batch_sampler}
 
 
