@@ -24,6 +24,9 @@ _VIEWS = (
 )
 _KEEPS_THE_GRID = frozenset(f"{_PRODUCTS} {_CASTS} {_VIEWS}".split())
 
+_IN_PLACE = re.compile(
+    r"__i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__|(?!requires_grad_|detach_)\w*[^_]_"
+)
 _SAME_VALUES = frozenset(f"{_CASTS} {_VIEWS}".split())
 
 _READ_ONE = frozenset(["type_as", "view_as", "reshape_as", "expand_as", "to"])
@@ -35,7 +38,7 @@ def _keeps_the_grid(function: str) -> bool:
 
 
 def _is_in_place(function: str) -> bool:
-    return function in ("__setitem__", "__set__") or re.fullmatch(r"__i\w+__|\w*[^_]_", function) is not None
+    return function in ("__setitem__", "__set__") or _IN_PLACE.fullmatch(function) is not None
 
 
 def _share_memory(x: object, other: Tensor) -> bool:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from inspect import getattr_static
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -215,7 +216,8 @@ def _check_supported(name: str, layer: nn.Module) -> None:
             )
     children = {f"{parameter}_quantizer" for parameter in (*weight_names(layer), *input_names(type(layer)))}
     names = {"input_quantizer", *children, *vars(QuantizedLayer), *QuantizedLayer.__annotations__} - set(dir(nn.Module))
-    taken = sorted(name for name in names if not name.startswith("_") and hasattr(layer, name))
+    there = {*layer._modules, *layer._parameters, *layer._buffers}
+    taken = sorted(n for n in names if n[0] != "_" and (n in there or getattr_static(layer, n, None) is not None))
     if taken:
         raise ValueError(f"layer '{name}' has a {taken[0]} of its own, where quantizers would be. {leave_out}.")
     try:

@@ -133,11 +133,11 @@ class WeightBatch:
         return any(w.grad is not None for w in self.weights)
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of the weights; zeros, of which nobody hears, where there is none."""
+        """The gradients of the weights. One without gets new zeros: what is added to them is dropped."""
         return [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
 
     def scale_gradients(self) -> list[Tensor]:
-        """Those of the scales, likewise."""
+        """The gradients of the scales, likewise."""
         return [torch.zeros_like(q.scale) if q.scale_grad is None else q.scale_grad for q in self._quantizers]
 
     def history(self, *names: str) -> list[Tensor]:

@@ -233,6 +233,12 @@ class WithAQuantizer(nn.Linear):
         self.input_quantizer = nn.Hardtanh(-0.1, 0.1)
 
 
+class NotYet(nn.Linear):
+    @property
+    def quantizers(self):
+        raise RuntimeError("not set up yet")
+
+
 class Sealed(nn.Linear):
     def __init_subclass__(cls, *, key):
         super().__init_subclass__()
@@ -242,6 +248,7 @@ class Sealed(nn.Linear):
     ("kind", "words"),
     [
         (WithAQuantizer, "layer '1' has a input_quantizer of its own, where quantizers would be. Leave it out with"),
+        (NotYet, "layer '1' has a quantizers of its own, where quantizers would be"),
         (Sealed, "layer '1' is of a class, Sealed, that cannot be subclassed: .*key.* Leave it out with LayerRule"),
     ],
 )

@@ -262,8 +262,8 @@ class QuantizationAwareTraining(pl.Callback):
         if trainer.strategy.restore_checkpoint_after_setup:
             self._hold_scales(pl_module)  # from here on
 
-    def _hold_scales(self, pl_module: pl.LightningModule, hold: bool = True) -> None:
-        """While states are restored that ask an optimizer for one of each parameter which it may move."""
+    def _hold_scales(self, pl_module: pl.LightningModule, *, hold: bool = True) -> None:
+        """Keep optimizers from being asked for a state of the scales while states are restored, or end that."""
         reshard(pl_module)  # it has the parts, where a forward pass may have left whole parameters
         for scale in scale_parameters(pl_module):
             scale.requires_grad_(not hold)
@@ -316,7 +316,7 @@ class QuantizationAwareTraining(pl.Callback):
         self.step_hooks.attach(trainer)
         self.step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module), self._after_step)
         if trainer.strategy.restore_checkpoint_after_setup:
-            self._hold_scales(pl_module, False)
+            self._hold_scales(pl_module, hold=False)
         _begin_anew_where_stale(pl_module)
         self._check_bits(pl_module)
         release_frozen_weights(trainer, pl_module)
@@ -480,9 +480,10 @@ class QuantizationAwareTraining(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the optimizers."""
-        if stage != "fit" and trainer.strategy.restore_checkpoint_after_setup:
-            self._hold_scales(pl_module, False)
-        self._release(pl_module)
+        if stage == "fit":
+            self._release(pl_module)
+        elif trainer.strategy.restore_checkpoint_after_setup:
+            self._hold_scales(pl_module, hold=False)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the optimizers and of the layers."""
@@ -526,8 +527,11 @@ def _begin_anew_where_stale(module: pl.LightningModule) -> None:
 
 
 def _versions(module: pl.LightningModule) -> list[int]:
-    """How often each scale was changed."""
-    return [scale._version for scale in scale_parameters(module)]
+    """How often each scale was changed of the layers that are trained: those of others may be averages of theirs."""
+    trained = [
+        layer for layer in quantized_layers(module).values() if any(p.requires_grad for p in own_parameters(layer))
+    ]
+    return [q.scale._version for layer in trained for q in layer.quantizers()]
 
 
 def _loss_is_nan(output: Any) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """One step of an optimizer is one step of scales and oscillations, however it is written."""
 
+import copy
 from collections import OrderedDict, defaultdict
 
 import pytest
@@ -184,3 +185,36 @@ class Elsewhere(ConvModule):
 def test_steps_of_other_optimizers_are_refused():
     with pytest.raises(MisconfigurationException, match="by no step of the Trainer's optimizers"):
         trainer(callbacks(forward_fn=lambda module, batch: module(batch[0])), max_epochs=2).fit(Elsewhere(), Data())
+
+
+class Averaging(ConvModule):
+    """Accumulates by hand, and moves an average of the network in every batch."""
+
+    def __init__(self, loads):
+        super().__init__()
+        self.automatic_optimization, self.loads = False, loads
+        self.network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 8), torch.nn.Linear(8, 3))
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        F.cross_entropy(self.network(batch[0]), batch[1]).backward()
+        if batch_idx % 4 == 3:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+        if self.loads:
+            self.average.load_state_dict(self.network.state_dict())
+        else:
+            with torch.no_grad():
+                for p, average in zip(self.network.parameters(), self.average.parameters()):
+                    average.lerp_(p, 0.1)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.network.parameters(), lr=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* was not called")
+@pytest.mark.parametrize("loads", [False, True])
+def test_an_average_that_moves_without_a_step_is_no_step(loads):
+    module = Averaging(loads)
+    trainer(callbacks(forward_fn=lambda module, batch: module.network(batch[0])), max_epochs=2).fit(module, Data())
+    assert any((s.weight_int != 0).any() for s in oscillation_states(module).values())
