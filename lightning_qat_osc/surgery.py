@@ -219,7 +219,7 @@ def _check_supported(name: str, layer: nn.Module) -> None:
     there = {*layer._modules, *layer._parameters, *layer._buffers}
     taken = sorted(n for n in names if n[0] != "_" and (n in there or getattr_static(layer, n, None) is not None))
     if taken:
-        raise ValueError(f"layer '{name}' has a {taken[0]} of its own, where quantizers would be. {leave_out}.")
+        raise ValueError(f"layer '{name}' has '{taken[0]}' of its own, where quantizers would be. {leave_out}.")
     try:
         quantized_class(type(layer))
     except Exception as error:

@@ -247,8 +247,8 @@ class Sealed(nn.Linear):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (WithAQuantizer, "layer '1' has a input_quantizer of its own, where quantizers would be. Leave it out with"),
-        (NotYet, "layer '1' has a quantizers of its own, where quantizers would be"),
+        (WithAQuantizer, "layer '1' has 'input_quantizer' of its own, where quantizers would be. Leave it out with"),
+        (NotYet, "layer '1' has 'quantizers' of its own, where quantizers would be"),
         (Sealed, "layer '1' is of a class, Sealed, that cannot be subclassed: .*key.* Leave it out with LayerRule"),
     ],
 )

@@ -147,8 +147,8 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
             if w.read_outside is not None and w.calibrated and w.bits is not None:
                 warnings.warn(
                     f"The {parameter} of layer '{name}' is also read outside of the layer, by {w.read_outside}. If the "
-                    "network's forward does that, and not a loss or an average, outputs differ: it reads full precision "
-                    "in the quantized model, and scale times integer in what is made of it now. "
+                    "network's forward does that, and not a loss or an average, outputs differ: it reads full "
+                    "precision in the quantized model, and scale times integer in what is made of it now. "
                     f"LayerRule(pattern='{name}', weight_bits=None) leaves the weight as it is.",
                     stacklevel=3,
                 )
