@@ -29,7 +29,7 @@ def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: 
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except (UnpicklingError, EOFError, KeyError, IndexError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "archive" not in str(error) and "StreamReader" not in str(error):
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("archive", "corrupt")):
             raise  # no device for it, no memory
         if not weights_only:
             raise ValueError(f"{path} is damaged") from error

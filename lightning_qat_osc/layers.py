@@ -18,6 +18,7 @@ __all__ = [
     "LayerKind",
     "calling_forward",
     "input_names",
+    "keep_off_fused_path",
     "kind_names",
     "layer_kind",
     "weight_names",
@@ -198,6 +199,14 @@ def calling_forward(layer_class: type[nn.Module]) -> type[nn.Module] | None:
     if kind is None or kind.forward is None or not any(layer_class.forward is c.forward for c in kind.classes()):
         return None
     return kind.forward
+
+
+def keep_off_fused_path(module: nn.Module) -> None:
+    """Keep an encoder's evaluation on the path that calls its layers: the fused one reads weights past them."""
+    if isinstance(module, nn.TransformerEncoder):
+        module.use_nested_tensor = False  # its layers take nested tensors on their fused path alone
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.activation_relu_or_gelu = 0  # as for any other activation, which the fused path does not know
 
 
 def input_names(layer_class: type[nn.Module]) -> tuple[str, ...]:

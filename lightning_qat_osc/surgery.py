@@ -14,7 +14,15 @@ from torch.nn.parameter import is_lazy
 
 from lightning_qat_osc.checks import check_module
 from lightning_qat_osc.config import Bits, LayerRule, QuantConfig, config_differences
-from lightning_qat_osc.layers import LayerKind, calling_forward, input_names, kind_names, layer_kind, weight_names
+from lightning_qat_osc.layers import (
+    LayerKind,
+    calling_forward,
+    input_names,
+    keep_off_fused_path,
+    kind_names,
+    layer_kind,
+    weight_names,
+)
 from lightning_qat_osc.lookup import model_modules, quantized_layers, weight_name, weights_with_quantizers
 from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight, quantized_class
 
@@ -185,7 +193,8 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
     for name, layer in new.items():
         _insert(layer, config, planned[name], shared)
     if new:
-        _keep_off_fused_paths(module)
+        for _, child in model_modules(module):
+            keep_off_fused_path(child)
         for word in _full_precision(module, layers, new, planned):
             warnings.warn(word, stacklevel=2)
     return module
@@ -280,15 +289,6 @@ def _check_shared_weights(new: dict[str, nn.Module], planned: dict[str, _LayerBi
                     f"layer '{name}' shares its weight with '{other}', so both have the same bits: rules set {bits} "
                     f"and {others_bits}"
                 )
-
-
-def _keep_off_fused_paths(module: nn.Module) -> None:
-    """Keep evaluation on the paths that call the quantized layers: fused ones read weights past them."""
-    for _, child in model_modules(module):
-        if isinstance(child, nn.TransformerEncoder):
-            child.use_nested_tensor = False  # its layers take nested tensors on their fused path alone
-        if isinstance(child, nn.TransformerEncoderLayer):
-            child.activation_relu_or_gelu = 0  # as for any other activation, which the fused path does not know
 
 
 def _full_precision(

@@ -207,6 +207,7 @@ def test_transformer_encoder_evaluates_as_it_trains(padded):
     options = {"src_key_padding_mask": mask} if padded else {}
     calibrated(encoder, {"src": x, **options})
     quantize_model(encoder, CONFIG)  # adds nothing
+    assert [child.activation_relu_or_gelu for child in encoder.layers] == [0, 0]
     assert list(quantized_layers(encoder))[:4] == [
         "layers.0.self_attn",
         "layers.0.self_attn.out_proj",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["OptimizerStepHooks", "is_log_step"]
@@ -21,27 +23,34 @@ class OptimizerStepHooks:
     They are not called for micro-batches that only accumulate gradients, nor, after the step, where a gradient scaler
     skips it; they are under manual optimization, and for each of several optimizers. Before a step Lightning's
     ``on_before_optimizer_step`` comes first, ahead of clipping, and a callback says so with :meth:`begin`. Optimizers
-    that a module takes without Lightning's wrapper know no such hook: their own then makes up for it.
+    that a module takes without Lightning's wrapper know no such hook: their own then makes up for it. Steps of other
+    optimizers than the Trainer's, which nobody would hear of, are refused where they move scales.
     """
 
     def __init__(self) -> None:
         self._trainer: pl.Trainer | None = None
+        self._scales: set[int] = set()  # by id
         self._before: dict[pl.Callback, StepFunction] = {}
         self._after: list[StepFunction] = []
         self._handles: list[RemovableHandle] = []
         self._hooked: set[Optimizer] = set()
         self._begun: set[tuple[pl.Callback, Optimizer]] = set()
-        self._running: dict[Optimizer, tuple[int, int]] = {}  # how deep in steps, and in which batch
+        self._running: dict[Optimizer, tuple[int, int]] = {}  # how many steps deep, and in which batch
 
-    def attach(self, trainer: pl.Trainer) -> None:
+    def attach(self, trainer: pl.Trainer, scales: Iterable[Parameter]) -> None:
         """Hook all optimizers of the Trainer.
+
+        Args:
+            trainer: The Trainer.
+            scales: What no other optimizer is to move.
 
         Raises:
             MisconfigurationException: If torch calls no hooks around an optimizer's steps; from within a step, if a
-                gradient scaler has left unscaling to the optimizer.
+                gradient scaler has left unscaling to the optimizer, or if that is none of the Trainer's.
         """
         self.detach()
         self._trainer = trainer
+        self._scales.update(map(id, scales))
         self._hook()
 
     def add(self, callback: pl.Callback, before: StepFunction, after: StepFunction | None = None) -> None:
@@ -56,25 +65,32 @@ class OptimizerStepHooks:
         if after is not None:
             self._after.append(after)
 
-    def begin(self, callback: pl.Callback, optimizer: Optimizer) -> None:
-        """Note that a callback is doing what comes before the optimizer's next step."""
-        if optimizer not in self._hooked:  # made anew in the middle of the run
+    def begin(self, callback: pl.Callback, optimizer: Optimizer) -> bool:
+        """Note that a callback is doing what comes before the optimizer's next step.
+
+        Returns:
+            Whether the optimizer was made anew in the middle of the run, which the first to begin is told.
+        """
+        new = optimizer not in self._hooked
+        if new:
             self._hook()
         self._begun.add((callback, optimizer))
+        return new
 
     def detach(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._trainer = None
-        for held in (self._before, self._after, self._handles, self._hooked, self._begun, self._running):
+        for held in (self._scales, self._before, self._after, self._handles, self._hooked, self._begun, self._running):
             held.clear()
 
     def _hook(self) -> None:
         assert self._trainer is not None
         for handle in self._handles:
             handle.remove()
-        self._handles, self._hooked = [], set(self._trainer.optimizers)
+        self._handles = [register_optimizer_step_post_hook(self._after_another_step)]
+        self._hooked = set(self._trainer.optimizers)
         for optimizer in self._trainer.optimizers:
             if not getattr(type(optimizer).step, "hooked", False):
                 name = type(optimizer).__name__
@@ -118,6 +134,16 @@ class OptimizerStepHooks:
         for after in self._after:
             after(optimizer)
 
+    def _after_another_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer in self._hooked or any(self._depth(other) > 0 for other in self._hooked):
+            return  # one that wraps others takes their steps within its own
+        if any(id(p) in self._scales for group in optimizer.param_groups for p in group["params"]):
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} has made a step that moves quantized layers, and is none of the Trainer's "
+                "optimizers, so scales and oscillations cannot follow: return from configure_optimizers what "
+                "training_step steps with, and call its step()."
+            )
+
     def _ensure_begun(self, optimizer: Optimizer) -> None:
         for callback, before in self._before.items():
             if (callback, optimizer) not in self._begun:
@@ -129,11 +155,14 @@ class OptimizerStepHooks:
     def _deeper(self, optimizer: Optimizer, by: int) -> int:
         """Count steps within steps: for a subclass that calls ``super().step()`` torch calls the hooks twice."""
         assert self._trainer is not None
-        batch = self._trainer.fit_loop.total_batch_idx
-        depth, counted_in = self._running.get(optimizer, (0, batch))
-        depth = by if counted_in != batch else depth + by  # a step that raised, batches ago, has not ended
-        self._running[optimizer] = depth, batch
-        return depth
+        self._running[optimizer] = self._depth(optimizer) + by, self._trainer.fit_loop.total_batch_idx
+        return self._depth(optimizer)
+
+    def _depth(self, optimizer: Optimizer) -> int:
+        assert self._trainer is not None
+        depth, batch = self._running.get(optimizer, (0, 0))
+        # a step that raised, batches ago, has not ended
+        return depth if batch == self._trainer.fit_loop.total_batch_idx else 0
 
 
 def is_log_step(trainer: pl.Trainer) -> bool:

@@ -114,7 +114,6 @@ class ScaleUpdates:
             place = next((places[id(p)] for p in parameters if id(p) in places), (0, 0))
             for q in layer.quantizers():
                 owner.setdefault(q, place)
-        self._optimizers = optimizers
         names = {id(p): name for name, p in module.named_parameters()}
         self._updates: dict[Optimizer, _LogSteps] = {}
         for i, optimizer in enumerate(optimizers):
@@ -131,10 +130,6 @@ class ScaleUpdates:
                         if "param_names" in group:
                             group["param_names"].append(names[id(q.scale)])
                 self._updates[optimizer] = _LogSteps(own, optimizer, learning_rate)
-
-    def knows(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer was there when this was made."""
-        return any(optimizer is other for other in self._optimizers)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Take the gradients of the scales out of the optimizer's sight."""

@@ -155,8 +155,6 @@ class QuantizationAwareTraining(pl.Callback):
         self._watching: tuple[Calibrator, ExitStack] | None = None
         self._float_checkpoint: dict[str, Any] | None = None
         self._checked = False  # the scales, after the first step
-        self._stepped = False
-        self._versions: list[int] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Insert the quantizers, unless they are in already."""
@@ -313,7 +311,7 @@ class QuantizationAwareTraining(pl.Callback):
         """Hook the optimizers, and initialise the ranges, unless a checkpoint brought them."""
         assert self._scale_updates is not None
         self._checked = False
-        self.step_hooks.attach(trainer)
+        self.step_hooks.attach(trainer, scale_parameters(pl_module))
         self.step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module), self._after_step)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._hold_scales(pl_module, hold=False)
@@ -362,34 +360,20 @@ class QuantizationAwareTraining(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Take the scales' gradients out: the user's optimizer is not to move or clip by them."""
-        self.step_hooks.begin(self, optimizer)
+        new = self.step_hooks.begin(self, optimizer)
         assert self._scale_updates is not None
-        if not self._scale_updates.knows(optimizer):  # one that was made anew in the middle of the run
+        if new:
             self._scale_updates = ScaleUpdates(list(trainer.optimizers), pl_module, self.scale_learning_rate)
         self._scale_updates.before_step(optimizer)
 
     def _after_step(self, optimizer: Optimizer) -> None:
         assert self._scale_updates is not None
         self._scale_updates.after_step(optimizer)
-        self._stepped = True
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Note what scales are like under manual optimization, where steps may pass the Trainer's optimizers by."""
-        if not pl_module.automatic_optimization:
-            self._stepped, self._versions = False, _versions(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look for NaN, at the first step and at those that log; under manual optimization, initialise the ranges."""
-        if not pl_module.automatic_optimization and not self._stepped and self._versions != _versions(pl_module):
-            raise MisconfigurationException(
-                "training_step moved the scales of the quantizers, but by no step of the Trainer's optimizers, and "
-                "scales and oscillations can follow no other: return from configure_optimizers what it steps with, "
-                "and call its step()."
-            )
         first_step = trainer.global_step > 0 and not self._checked
         if first_step or is_log_step(trainer):
             self._check_scales(trainer, pl_module)
@@ -479,20 +463,22 @@ class QuantizationAwareTraining(pl.Callback):
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the optimizers."""
-        if stage == "fit":
-            self._release(pl_module)
+        """Let go of the optimizers. Weights that were exchanged within a run were its own affair."""
+        if stage == "fit":  # and no evaluation by another Trainer inside of one
+            self._release()
         elif trainer.strategy.restore_checkpoint_after_setup:
             self._hold_scales(pl_module, hold=False)
+        for quantizer in quantizers(pl_module):
+            quantizer.stale = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the optimizers and of the layers."""
-        self._release(pl_module)
-
-    def _release(self, pl_module: pl.LightningModule) -> None:
-        self.step_hooks.detach()
+        self._release()
         for quantizer in quantizers(pl_module):
-            quantizer.stale = False  # weights that were exchanged within a run were its own affair
+            quantizer.stale = False
+
+    def _release(self) -> None:
+        self.step_hooks.detach()
         if self._watching is not None:
             self._watching[1].close()
             self._watching = None
@@ -524,14 +510,6 @@ def _begin_anew_where_stale(module: pl.LightningModule) -> None:
     for quantizer in quantizers(module):
         if quantizer.stale:
             quantizer.begin_anew()
-
-
-def _versions(module: pl.LightningModule) -> list[int]:
-    """How often each scale was changed of the layers that are trained: those of others may be averages of theirs."""
-    trained = [
-        layer for layer in quantized_layers(module).values() if any(p.requires_grad for p in own_parameters(layer))
-    ]
-    return [q.scale._version for layer in trained for q in layer.quantizers()]
 
 
 def _loss_is_nan(output: Any) -> list[Tensor]:

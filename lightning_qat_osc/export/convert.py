@@ -27,7 +27,7 @@ from lightning_qat_osc.export.integers import (
     integer_weights,
     layers_by_every_name,
 )
-from lightning_qat_osc.layers import calling_forward, written_parameter
+from lightning_qat_osc.layers import calling_forward, keep_off_fused_path, written_parameter
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantizers import QuantizedLayer
 
@@ -185,9 +185,10 @@ def copied(module: Module) -> Module:
 
 def _because_of(module: nn.Module, copies: Mapping[int, Tensor]) -> str:
     """The attribute that keeps a module from being copied."""
+    of_any_module = vars(nn.Module())
     for name, m in module.named_modules():
         for key, value in vars(m).items():
-            if key not in nn.Module().__dict__:
+            if key not in of_any_module:
                 try:
                     copy.deepcopy(value, dict(copies))
                 except Exception:
@@ -229,10 +230,7 @@ def prepare_layers(module: nn.Module, names: Iterable[str]) -> None:
                 )
             layer.__class__ = calling
     for child in module.modules():
-        if isinstance(child, nn.TransformerEncoder):
-            child.use_nested_tensor = False
-        if isinstance(child, nn.TransformerEncoderLayer):
-            child.activation_relu_or_gelu = 0
+        keep_off_fused_path(child)
 
 
 @torch.no_grad()

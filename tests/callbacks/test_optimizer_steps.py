@@ -183,8 +183,44 @@ class Elsewhere(ConvModule):
 
 @pytest.mark.filterwarnings("ignore:.*configure_optimizers.* returned `None`")
 def test_steps_of_other_optimizers_are_refused():
-    with pytest.raises(MisconfigurationException, match="by no step of the Trainer's optimizers"):
+    with pytest.raises(
+        MisconfigurationException, match=r"SGD has made a step .* none of the Trainer's optimizers.*call its step\(\)"
+    ):
         trainer(callbacks(forward_fn=lambda module, batch: module(batch[0])), max_epochs=2).fit(Elsewhere(), Data())
+
+
+class Around(torch.optim.Optimizer):
+    """Steps with another, within its own step or past it, as SAM's ``second_step``."""
+
+    def __init__(self, parameters, lr):
+        self.inner = torch.optim.SGD(parameters, lr)
+        super().__init__(self.inner.param_groups, self.inner.defaults)
+        self.param_groups = self.inner.param_groups
+
+    def step(self, closure=None):
+        loss = closure()
+        self.inner.step()
+        return loss
+
+    def second_step(self):
+        self.inner.step()
+
+
+def test_an_optimizer_that_steps_with_another_is_followed():
+    around, plain = trained(Around), trained(torch.optim.SGD)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, around.state_dict()[key]), key
+
+
+def test_a_step_past_the_optimizers_own_is_refused():
+    class Twice(Chosen):
+        def training_step(self, batch, batch_idx):
+            F.cross_entropy(self(batch[0]), batch[1]).backward()
+            self.optimizers(use_pl_optimizer=False).second_step()
+
+    some = callbacks(forward_fn=lambda module, batch: module(batch[0]))
+    with pytest.raises(MisconfigurationException, match="SGD has made a step that moves quantized layers"):
+        trainer(some, max_epochs=1).fit(Twice(Around, manual=True), Data())
 
 
 class Averaging(ConvModule):
