@@ -128,11 +128,11 @@ class OptimizerStepHooks:
         return args[:1] + args[2:], {**kwargs, "closure": closure_then_begin}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._deeper(optimizer, by=-1) > 0:
-            return
-        self._end(optimizer)
-        for after in self._after:
-            after(optimizer)
+        if self._depth(optimizer) <= 1:
+            self._end(optimizer)
+            for after in self._after:  # still within the step, as the steps that they make themselves
+                after(optimizer)
+        self._deeper(optimizer, by=-1)
 
     def _after_another_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer in self._hooked or any(self._depth(other) > 0 for other in self._hooked):
