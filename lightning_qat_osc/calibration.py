@@ -17,7 +17,8 @@ from lightning_qat_osc.config import QuantConfig
 from lightning_qat_osc.copies import untrained_copies
 from lightning_qat_osc.dataflow import FollowsOutputs, WatchesWeights
 from lightning_qat_osc.lookup import own_parameters, quantized_layers, weight_name
-from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, latent_weight
+from lightning_qat_osc.quantized_layer import QuantizedLayer, latent_weight
+from lightning_qat_osc.quantizers import InputQuantizer
 from lightning_qat_osc.surgery import quantizable_layers
 
 __all__ = ["Calibrator"]

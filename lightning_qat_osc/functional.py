@@ -15,10 +15,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_qat_osc.kernels import BLOCK, SMALL, blocks, compiled, in_channels_last, in_one_order, memory, number
+from lightning_qat_osc.kernels import (
+    BLOCK,
+    SMALL,
+    blocks,
+    compiled,
+    in_channels_last,
+    in_one_order,
+    in_rows,
+    number,
+    rows,
+)
 from lightning_qat_osc.sharding import is_sharded
 
-__all__ = ["Limit", "fake_quantize", "fake_quantize_pair", "integer_grid", "quantize_to_int", "rows"]
+__all__ = ["Limit", "fake_quantize", "fake_quantize_pair", "integer_grid", "quantize_to_int"]
 
 Limit = TypeVar("Limit", int, Tensor)
 """A limit of an integer grid: a number, or a tensor without dimensions."""
@@ -248,26 +258,6 @@ def _operands(tensors: Sequence[Tensor], scale: Tensor, n: int, p: int) -> list[
     views = rows([scale], tensors)
     assert views is not None
     return [*views[1:], views[0], number(n, scale.device), number(p, scale.device)]
-
-
-def in_rows(scale: Tensor, x: Tensor) -> bool:
-    """Whether the memory of a tensor is one row with one scale, or a row for each, as :func:`rows` needs it."""
-    if scale.numel() == 1:
-        return in_one_order([x])
-    return scale.dim() == x.dim() and scale.shape[0] == scale.numel() and x.is_contiguous()
-
-
-def rows(scales: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor] | None:
-    """Scales and tensors that they apply to, in few dimensions and the same memory: [1] and [n], or [G, 1] and [G, n].
-
-    None where the tensors' memory runs in different orders, or output channels are not the first dimension.
-    """
-    groups, n = scales[0].numel(), tensors[0].numel()
-    if groups == 1 and in_one_order(tensors):
-        return [*(memory(s, 1) for s in scales), *(memory(t, n) for t in tensors)]
-    if groups > 1 and all(in_rows(scales[0], t) for t in tensors):
-        return [*(memory(s, groups, 1) for s in scales), *(memory(t, groups, n // groups) for t in tensors)]
-    return None
 
 
 def fake_quantize(

@@ -19,10 +19,12 @@ __all__ = [
     "compiled",
     "in_channels_last",
     "in_one_order",
+    "in_rows",
     "joined_copy",
     "memory",
     "number",
     "parted",
+    "rows",
     "why_nothing_compiles",
 ]
 
@@ -96,6 +98,26 @@ def memory(x: Tensor, *shape: int) -> Tensor:
     Detached: a kernel compiled for a view is compiled again for each shape of what it is a view of.
     """
     return x.as_strided(shape, (*shape[1:], 1)).detach()
+
+
+def in_rows(scale: Tensor, x: Tensor) -> bool:
+    """Whether the memory of a tensor is one row with one scale, or a row for each, as :func:`rows` needs it."""
+    if scale.numel() == 1:
+        return in_one_order([x])
+    return scale.dim() == x.dim() and scale.shape[0] == scale.numel() and x.is_contiguous()
+
+
+def rows(scales: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """Scales and tensors that they apply to, in few dimensions and the same memory: [1] and [n], or [G, 1] and [G, n].
+
+    None where the tensors' memory runs in different orders, or output channels are not the first dimension.
+    """
+    groups, n = scales[0].numel(), tensors[0].numel()
+    if groups == 1 and in_one_order(tensors):
+        return [*(memory(s, 1) for s in scales), *(memory(t, n) for t in tensors)]
+    if groups > 1 and all(in_rows(scales[0], t) for t in tensors):
+        return [*(memory(s, groups, 1) for s in scales), *(memory(t, groups, n // groups) for t in tensors)]
+    return None
 
 
 def blocks(views: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:

@@ -20,6 +20,7 @@ __all__ = [
     "input_names",
     "keep_off_fused_path",
     "kind_names",
+    "kind_of",
     "layer_kind",
     "weight_names",
     "written_parameter",
@@ -171,11 +172,16 @@ def layer_kind(layer_class: type[nn.Module]) -> LayerKind | None:
     return next((kind for kind in _KINDS if issubclass(layer_class, kind.classes())), None)
 
 
-def weight_names(layer: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters that are quantized of a layer of a kind that can be."""
+def kind_of(layer: nn.Module) -> LayerKind:
+    """The kind of a layer that is of one."""
     kind = layer_kind(type(layer))
     assert kind is not None
-    return kind.weights(layer)
+    return kind
+
+
+def weight_names(layer: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that are quantized of a layer of a kind that can be."""
+    return kind_of(layer).weights(layer)
 
 
 def written_parameter(hook: object) -> str | None:

@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_qat_osc.config import QuantConfig
 from lightning_qat_osc.files import read_tensors
-from lightning_qat_osc.surgery import bits_differences, quantize_model
+from lightning_qat_osc.rules import bits_differences
+from lightning_qat_osc.surgery import quantize_model
 
 __all__ = ["config_of_checkpoint", "load_quantized"]
 

@@ -10,7 +10,8 @@ from torchmetrics import Metric
 
 from lightning_qat_osc.checks import check_module
 from lightning_qat_osc.oscillation import OscillationState
-from lightning_qat_osc.quantizers import QuantizedLayer, Quantizer, WeightQuantizer
+from lightning_qat_osc.quantized_layer import QuantizedLayer
+from lightning_qat_osc.quantizers import Quantizer, WeightQuantizer
 
 __all__ = [
     "QuantizedWeight",
@@ -18,10 +19,12 @@ __all__ = [
     "model_modules",
     "oscillation_states",
     "own_parameters",
+    "qualified",
     "quantized_layers",
     "quantized_weights",
     "quantizers",
     "scale_parameters",
+    "weight_name",
     "weights_with_quantizers",
 ]
 
@@ -53,6 +56,11 @@ def own_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of a layer and what is in it, but for scales."""
     scales = {id(q.scale) for q in layer.modules() if isinstance(q, Quantizer)}
     return (p for p in layer.parameters() if id(p) not in scales)
+
+
+def qualified(name: str, inside: str) -> str:
+    """The name of something in a submodule, such as the key of its parameter in a state_dict."""
+    return f"{name}.{inside}" if name else inside
 
 
 def weight_name(layer: str, parameter: str) -> str:

@@ -10,7 +10,8 @@ from torch import nn
 from lightning_qat_osc.checks import check_module
 from lightning_qat_osc.layers import weight_names
 from lightning_qat_osc.lookup import quantized_layers
-from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight
+from lightning_qat_osc.quantized_layer import QuantizedLayer, latent_weight
+from lightning_qat_osc.quantizers import InputQuantizer, WeightQuantizer
 from lightning_qat_osc.sharding import whole
 from lightning_qat_osc.tables import table
 

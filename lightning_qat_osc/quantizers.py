@@ -1,28 +1,24 @@
-"""Weight and input quantizers, and the quantized form of a layer."""
+"""Weight and input quantizers."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_qat_osc.arguments import with_quantized_arguments
-from lightning_qat_osc.config import Granularity, QuantConfig
-from lightning_qat_osc.functional import fake_quantize, fake_quantize_pair, integer_grid, quantize_to_int
-from lightning_qat_osc.layers import calling_forward, weight_names, written_parameter
-from lightning_qat_osc.modes import evaluating
+from lightning_qat_osc.config import Granularity
+from lightning_qat_osc.functional import fake_quantize, integer_grid, quantize_to_int
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.ranges import RangeMethod, activation_grid, estimate_scale
-from lightning_qat_osc.recomputation import Recipe, recomputed
+from lightning_qat_osc.recomputation import Recipe
 from lightning_qat_osc.sharding import copy_whole_, whole
 
-__all__ = ["InputQuantizer", "QuantizedLayer", "Quantizer", "WeightQuantizer", "latent_weight", "quantized_class"]
+__all__ = ["InputQuantizer", "Quantizer", "WeightQuantizer"]
 
 
 class Quantizer(nn.Module):
@@ -289,242 +285,3 @@ class InputQuantizer(Quantizer):
         if self.method == "minmax":
             sample = sample.new_tensor([low, high])  # the extremes of all values, not of a sample
         self.set_range(estimate_scale(sample.reshape(1, -1), n, p, self.method), quant_min, quant_max, zero_point)
-
-
-class QuantizedLayer(nn.Module):
-    """What :func:`quantized_class` adds to a layer's class: quantizers as children, and a forward that calls them.
-
-    The layer keeps its own parameters and their names, so that checkpoints of the float model load, and its own
-    forward, which sees quantized weights where it reads ``self.weight``. Everyone else sees the latent weights.
-
-    The quantizer of the parameter ``weight`` is the child ``weight_quantizer``, and so for every other parameter; that
-    of the first argument of ``forward`` is ``input_quantizer``, where there are several each is called by its argument.
-
-    Attributes:
-        quant_config: What was asked for when the quantizers were inserted.
-        parameter_quantizers: Name of a parameter -> name of its quantizer.
-        argument_quantizers: Name of an argument of ``forward`` -> name of its quantizer.
-    """
-
-    float_class: type[nn.Module]
-    """The class that the layer had before."""
-    float_forward: Callable[..., Any]
-    """Its forward, or the one that calls what it reads past."""
-    quant_config: QuantConfig
-    parameter_quantizers: dict[str, str]
-    argument_quantizers: dict[str, str]
-
-    def add_quantizers(
-        self, config: QuantConfig, weights: Mapping[str, WeightQuantizer], inputs: Mapping[str, InputQuantizer]
-    ) -> None:
-        """Take quantizers in.
-
-        Args:
-            config: What was asked for.
-            weights: Name of a parameter -> its quantizer, which layers that share the parameter share.
-            inputs: Name of an argument of ``forward`` -> its quantizer, in the order of the arguments.
-        """
-        self.quant_config = config
-        self.parameter_quantizers = {name: f"{name}_quantizer" for name in weights}
-        only = len(inputs) == 1
-        self.argument_quantizers = {name: "input_quantizer" if only else f"{name}_quantizer" for name in inputs}
-        for name, weight_quantizer in weights.items():
-            self.add_module(self.parameter_quantizers[name], weight_quantizer)
-        for name, input_quantizer in inputs.items():
-            self.add_module(self.argument_quantizers[name], input_quantizer)
-        self.train(self.training)
-
-    def weight_quantizers(self) -> dict[str, WeightQuantizer]:
-        """Name of a parameter -> its quantizer."""
-        return {name: getattr(self, child) for name, child in self.parameter_quantizers.items()}
-
-    def input_quantizers(self) -> dict[str, InputQuantizer]:
-        """Name of an argument of ``forward`` -> its quantizer."""
-        return {name: getattr(self, child) for name, child in self.argument_quantizers.items()}
-
-    def quantizers(self) -> list[Quantizer]:
-        """All of them, those of weights first."""
-        return [*self.weight_quantizers().values(), *self.input_quantizers().values()]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Quantize the inputs and the weights, then run the layer's own forward on them."""
-        recipes: list[tuple[Tensor, Recipe]] = []
-        waiting = {name: getattr(self, name) for name in self.parameter_quantizers}
-        substitutes: dict[str, Any] = {}
-
-        def quantize(argument: str, x: Tensor) -> Tensor:
-            quantizer = getattr(self, self.argument_quantizers[argument])
-            if waiting:
-                name, weight = next(iter(waiting.items()))
-                weight_quantizer = getattr(self, self.parameter_quantizers[name])
-                both = _quantized_together(quantizer, x, weight_quantizer, weight, recipes)
-                if both is not None:
-                    x_q, substitutes[name] = both
-                    del waiting[name]
-                    return x_q
-            return _quantized(quantizer, x, recipes)
-
-        args, kwargs = with_quantized_arguments(self.argument_quantizers, quantize, args, kwargs)
-        for name, weight in waiting.items():
-            substitutes[name] = _quantized(getattr(self, self.parameter_quantizers[name]), weight, recipes)
-        idle = [q.scale.sum() for q in self.quantizers() if not q.active]
-        if idle:
-            # DDP waits for a gradient of every parameter, also of a scale that is not in use: it gets 0
-            name = next(iter(substitutes)) if substitutes else weight_names(self)[0]
-            substitutes[name] = substitutes.get(name, getattr(self, name)) + 0.0 * sum(idle)
-        if not recipes:
-            return self._forward_with(substitutes, args, kwargs)
-        with recomputed(recipes):
-            return self._forward_with(substitutes, args, kwargs)
-
-    def _forward_with(self, substitutes: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer's own forward, which reads quantized weights."""
-        latent = self._parameters
-        if torch.compiler.is_compiling() and all(name in latent for name in substitutes):
-            self._parameters = {**latent, **substitutes}  # torch 2.9 traces no change of __dict__
-            try:
-                return self._run(args, kwargs)
-            finally:
-                self._parameters = latent
-        # an instance attribute comes before nn.Module's look-up of the parameter of that name
-        before = {name: self.__dict__[name] for name in substitutes if name in self.__dict__}
-        self.__dict__.update(substitutes)
-        try:
-            return self._run(args, kwargs)
-        finally:
-            for name in substitutes:
-                del self.__dict__[name]
-            self.__dict__.update(before)
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(self, nn.RNNBase):
-            return self._recurrent_forward(*args, **kwargs)
-        return self.float_forward(*args, **kwargs)
-
-    def _recurrent_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """A recurrent layer keeps a list of its weights, and reads that."""
-        latent = self.__dict__["_flat_weights"]
-        self.__dict__["_flat_weights"] = [getattr(self, name) for name in cast(Any, self)._flat_weights_names]
-        try:
-            return self.float_forward(*args, **kwargs)
-        finally:
-            self.__dict__["_flat_weights"] = latent
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *keys_and_errors: list[str]
-    ) -> None:
-        """Load the layer, and name what the state quantizes and this layer leaves in full precision.
-
-        After its weights from a state without quantizers, these are stale.
-        """
-        self.float_class._load_from_state_dict(self, state_dict, prefix, metadata, strict, *keys_and_errors)
-        inside = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
-        own = [key for key in inside if "." not in key or key.startswith("parametrizations.")]
-        weights = [key for key in own for name in weight_names(self) if name in key]  # its, or what computes them
-        if weights and not any("_quantizer." in key for key in inside):
-            for quantizer in self.quantizers():
-                quantizer.stale = True
-        for key in state_dict if strict else ():
-            child = key.removeprefix(prefix).removesuffix(".grid")
-            if child.endswith("_quantizer") and "." not in child and child not in self._modules:
-                what = child.removesuffix("_quantizer")
-                keys_and_errors[-1].append(
-                    f"layer '{prefix.rstrip('.')}' is of another quantization: its {what} has bits in the state, and "
-                    "None here"
-                )
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle by the layer's own class: the quantized one is made at run time."""
-        state = cast(tuple[Any, ...], super().__reduce_ex__(max(protocol, 2)))[2]
-        return _new_quantized, (self.float_class,), state
-
-
-@torch.no_grad()
-def latent_weight(layer: nn.Module, parameter: str) -> Tensor:
-    """A weight before quantization; computed anew where it is no parameter, without advancing the buffers of a norm.
-
-    Args:
-        layer: A layer, quantized or not.
-        parameter: Name of the weight.
-    """
-    own = layer._parameters.get(parameter)
-    if own is not None:
-        return own
-    with evaluating(layer):  # spectral norm iterates whenever its weight is read in training mode
-        for hook in layer._forward_pre_hooks.values():
-            if written_parameter(hook) == parameter:
-                hook(layer, ())
-        return cast(Tensor, getattr(layer, parameter))
-
-
-def _quantized(quantizer: Quantizer, x: Tensor, recipes: list[tuple[Tensor, Recipe]]) -> Tensor:
-    quantized: Tensor = quantizer(x)
-    _note_recipe(quantizer, x, quantized, recipes)
-    return quantized
-
-
-def _quantized_together(
-    quantizer: Quantizer, x: Tensor, other: Quantizer, weight: Tensor, recipes: list[tuple[Tensor, Recipe]]
-) -> tuple[Tensor, Tensor] | None:
-    """An input and a weight from one kernel, or None where each is to be quantized by itself."""
-    if torch.compiler.is_compiling() or not all(q.fused and q.active and not q.hooked for q in (quantizer, other)):
-        return None
-    both = fake_quantize_pair((x, weight), (quantizer.scale, other.scale), (quantizer.limits, other.limits))
-    if both is not None:
-        _note_recipe(quantizer, x, both[0], recipes)
-        _note_recipe(other, weight, both[1], recipes)
-    return both
-
-
-def _note_recipe(quantizer: Quantizer, x: Tensor, quantized: Tensor, recipes: list[tuple[Tensor, Recipe]]) -> None:
-    # a compiler decides by itself what is kept and what is made again
-    if quantizer.recompute and quantizer.active and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        recipes.append((quantized, quantizer.recipe(x)))
-
-
-def quantized_class(layer_class: type[nn.Module]) -> type[nn.Module]:
-    """The quantized form of a layer's class: a subclass of it whose forward is :meth:`QuantizedLayer.forward`.
-
-    Args:
-        layer_class: Class of a layer.
-
-    Returns:
-        The same class for the same argument.
-    """
-    return _make_class(cast(Any, layer_class))
-
-
-@cache
-def _make_class(layer_class: Any) -> type[nn.Module]:
-    # behind the layer's class, so that instances have its layout; what is to come before its own is set here
-    bases = tuple(base for base in (calling_forward(layer_class), layer_class, QuantizedLayer) if base is not None)
-    attributes = {
-        "__module__": layer_class.__module__,
-        "__doc__": layer_class.__doc__,
-        "__reduce_ex__": QuantizedLayer.__reduce_ex__,
-        "_load_from_state_dict": QuantizedLayer._load_from_state_dict,
-        "float_class": layer_class,
-        "float_forward": bases[0].forward,
-        "forward": QuantizedLayer.forward,
-    }
-    for parent in layer_class.__mro__:
-        for name, value in vars(parent).items():
-            if isinstance(value, property) and name.startswith("weight"):
-                attributes.setdefault(name, _substitutable(name, value))
-    return type(f"Quantized{layer_class.__name__}", bases, attributes)
-
-
-def _substitutable(name: str, computed: property) -> property:
-    """A weight that a parametrization computes, with the quantized one in its place while ``forward`` runs."""
-    assert computed.fget is not None
-    compute = computed.fget
-
-    def read(layer: nn.Module) -> Any:
-        return layer.__dict__[name] if name in layer.__dict__ else compute(layer)
-
-    return property(read, computed.fset, computed.fdel)
-
-
-def _new_quantized(layer_class: type[nn.Module]) -> nn.Module:
-    quantized = quantized_class(layer_class)
-    return quantized.__new__(quantized)

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from collections.abc import Iterable
 from inspect import getattr_static
-from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qat_osc.checks import check_module
-from lightning_qat_osc.config import Bits, LayerRule, QuantConfig, config_differences
+from lightning_qat_osc.config import QuantConfig, config_differences
 from lightning_qat_osc.layers import (
-    LayerKind,
     calling_forward,
     input_names,
     keep_off_fused_path,
     kind_names,
+    kind_of,
     layer_kind,
     weight_names,
 )
-from lightning_qat_osc.lookup import model_modules, quantized_layers, weight_name, weights_with_quantizers
-from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight, quantized_class
+from lightning_qat_osc.lookup import model_modules, qualified, quantized_layers, weight_name, weights_with_quantizers
+from lightning_qat_osc.quantized_layer import QuantizedLayer, latent_weight, quantized_class
+from lightning_qat_osc.quantizers import InputQuantizer, WeightQuantizer
+from lightning_qat_osc.rules import LayerBits, check_rules_match, planned_bits
 
 __all__ = [
-    "bits_differences",
     "hidden_weights",
     "no_layer_to_quantize",
     "quantizable_layers",
@@ -54,95 +52,6 @@ def _reads_past_its_projection(layer: nn.Module) -> bool:
     if not isinstance(layer, nn.MultiheadAttention) or isinstance(layer, QuantizedLayer):
         return False
     return calling_forward(type(layer)) is None
-
-
-def _describe(rule: LayerRule) -> str:
-    parts = [f"{key}={value!r}" for key, value in (("pattern", rule.pattern), ("layer_type", rule.layer_type)) if value]
-    return f"LayerRule({', '.join(parts)})"
-
-
-def _check_rules_match(rules: Sequence[LayerRule], layers: dict[str, nn.Module]) -> None:
-    """Refuse rules that match no layer, which are typing errors, and those that can have no effect.
-
-    Raises:
-        ValueError: If there is one; the message lists names that are near, or says why.
-    """
-    for rule in rules:
-        matching = [layer for name, layer in layers.items() if rule.matches(name, type(layer))]
-        if matching and isinstance(rule.activation_bits, int) and not any(_kind(layer).inputs for layer in matching):
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in matching}))
-            raise ValueError(f"{_describe(rule)} sets activation_bits of {kinds} alone, whose input is indices")
-        if matching:
-            continue
-        by_name = [name for name in layers if fnmatchcase(name, rule.pattern or "*")]
-        if rule.layer_type is not None and by_name:
-            types = sorted({type(layers[n]).__name__ for n in by_name})
-            raise ValueError(f"{_describe(rule)} matches no layer; the types there are {', '.join(types)}")
-        near = get_close_matches(rule.pattern or "", layers, n=5, cutoff=0.3) or list(layers)[:5]
-        inside = any(name.startswith(f"{rule.pattern}.") for name in layers)
-        hint = f"; a pattern matches whole names: '{rule.pattern}.*' would match what is inside" if inside else ""
-        raise ValueError(f"{_describe(rule)} matches no layer{hint}; near names are {', '.join(near)}")
-
-
-def _resolve(rules: Sequence[LayerRule], name: str, layer: nn.Module, field: str) -> Bits:
-    """What the rules say of one layer's bits: "default" where they say nothing.
-
-    Raises:
-        ValueError: If two rules contradict each other.
-    """
-    found: Bits = "default"
-    by: LayerRule | None = None
-    for rule in rules:
-        value: Bits = getattr(rule, field)
-        if value == "default" or not rule.matches(name, type(layer)):
-            continue
-        if by is not None and value != found:
-            raise ValueError(
-                f"rules contradict each other for layer '{name}': {_describe(by)} sets {field}={found}, "
-                f"{_describe(rule)} sets {field}={value}"
-            )
-        found, by = value, rule
-    return found
-
-
-class _LayerBits(NamedTuple):
-    """Bits of one layer, and whether a rule set them."""
-
-    weight: int | None
-    input: int | None
-    weight_pinned: bool
-    input_pinned: bool
-
-    @property
-    def any(self) -> bool:
-        return self.weight is not None or self.input is not None
-
-
-def _layer_bits(config: QuantConfig, name: str, layer: nn.Module) -> _LayerBits:
-    weight = _resolve(config.rules, name, layer, "weight_bits")
-    activation = _resolve(config.rules, name, layer, "activation_bits")
-    input_bits = config.activation_bits if activation == "default" else activation
-    return _LayerBits(
-        weight=config.weight_bits if weight == "default" else weight,
-        input=input_bits if _kind(layer).inputs else None,  # an embedding's input is indices
-        weight_pinned=weight != "default",
-        input_pinned=activation != "default",
-    )
-
-
-def _kind(layer: nn.Module) -> LayerKind:
-    kind = layer_kind(type(layer))
-    assert kind is not None
-    return kind
-
-
-def _planned_bits(config: QuantConfig, layers: dict[str, nn.Module]) -> dict[str, _LayerBits]:
-    """The bits of every layer that is to have any."""
-    planned = {name: _layer_bits(config, name, layer) for name, layer in layers.items()}
-    left_out = {name for name, bits in planned.items() if not bits.any}
-    # an attention that is left out calls its fused function, which reads past its output projection
-    left_out |= {f"{name}.out_proj" for name in left_out if isinstance(layers[name], nn.MultiheadAttention)}
-    return {name: bits for name, bits in planned.items() if name not in left_out}
 
 
 def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
@@ -178,8 +87,8 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
     layers = quantizable_layers(module)
     if not layers:
         raise ValueError(no_layer_to_quantize(module))
-    _check_rules_match(config.rules, layers)
-    planned = _planned_bits(config, layers)
+    check_rules_match(config.rules, layers)
+    planned = planned_bits(config, layers)
     for name in planned:
         layer = layers[name]
         if not isinstance(layer, QuantizedLayer):
@@ -271,7 +180,7 @@ def weights_tied_late(module: nn.Module) -> list[str]:
     return []
 
 
-def _check_shared_weights(new: dict[str, nn.Module], planned: dict[str, _LayerBits]) -> None:
+def _check_shared_weights(new: dict[str, nn.Module], planned: dict[str, LayerBits]) -> None:
     """Layers that share a weight share its quantizer, and so its bits.
 
     Raises:
@@ -292,12 +201,12 @@ def _check_shared_weights(new: dict[str, nn.Module], planned: dict[str, _LayerBi
 
 
 def _full_precision(
-    module: nn.Module, layers: dict[str, nn.Module], new: dict[str, nn.Module], planned: dict[str, _LayerBits]
+    module: nn.Module, layers: dict[str, nn.Module], new: dict[str, nn.Module], planned: dict[str, LayerBits]
 ) -> Iterable[str]:
     """What stays in full precision though nobody asked for it, or is less than one may think, in sentences."""
     remaining: dict[tuple[str, str], list[str]] = {}
     for name, layer in new.items():
-        kind = _kind(layer)
+        kind = kind_of(layer)
         assert isinstance(layer, QuantizedLayer)
         if isinstance(layer, nn.MultiheadAttention) and not isinstance(layer, kind.forward or ()):
             yield (
@@ -328,7 +237,7 @@ def _parameters_outside(module: nn.Module, layers: dict[str, nn.Module]) -> list
     """Names of the matrices that no layer of a known kind holds: not the vectors of norms, biases and class tokens."""
     inside = {id(p) for layer in layers.values() for p in layer.parameters()}
     return [
-        f"{name}.{key}" if name else key
+        qualified(name, key)
         for name, child in model_modules(module)
         for key, p in child.named_parameters(recurse=False)
         if "Norm" not in type(child).__name__
@@ -337,8 +246,8 @@ def _parameters_outside(module: nn.Module, layers: dict[str, nn.Module]) -> list
     ]
 
 
-def _insert(layer: nn.Module, config: QuantConfig, bits: _LayerBits, shared: dict[Tensor, WeightQuantizer]) -> None:
-    kind, inputs = _kind(layer), input_names(type(layer))
+def _insert(layer: nn.Module, config: QuantConfig, bits: LayerBits, shared: dict[Tensor, WeightQuantizer]) -> None:
+    kind, inputs = kind_of(layer), input_names(type(layer))
     layer.__class__ = quantized_class(type(layer))
     assert isinstance(layer, QuantizedLayer)
     weights: dict[str, WeightQuantizer] = {}
@@ -365,31 +274,7 @@ def _insert(layer: nn.Module, config: QuantConfig, bits: _LayerBits, shared: dic
         quantizer.to(like.device, like.dtype)  # as wide as a double module, not narrower than 32 bits
 
 
-def bits_differences(module: nn.Module, config: QuantConfig) -> list[str]:
-    """Where the bits of a calibrated model are none that a configuration can give: it is another one's checkpoint.
-
-    Args:
-        module: A model with quantizers.
-        config: What was asked of :func:`quantize_model`.
-
-    Returns:
-        A phrase for each weight and input of which that holds.
-    """
-    differences = []
-    for name, layer in quantized_layers(module).items():
-        bits = _layer_bits(config, name, layer)
-        special = {config.first_last_bits} - {None}  # what the first or last layer may have
-        weight = {bits.weight} if bits.weight_pinned else {bits.weight} | special
-        inputs = {bits.input, None} if bits.input_pinned else {bits.input, None} | special
-        for quantizers, allowed in ((layer.weight_quantizers(), weight), (layer.input_quantizers(), inputs)):
-            for key, q in quantizers.items():
-                if q.calibrated and q.bits not in allowed:
-                    wanted = " or ".join(str(b) for b in sorted(allowed - {None}, key=str)) or "none"
-                    differences.append(f"{key} of layer '{name}' has {q.bits} bits, not {wanted}")
-    return differences
-
-
 def unquantized_layers(module: nn.Module, config: QuantConfig) -> list[str]:
     """Names of the layers that :func:`quantize_model` would give quantizers and that have none."""
     layers = quantizable_layers(module)
-    return [name for name in _planned_bits(config, layers) if not isinstance(layers[name], QuantizedLayer)]
+    return [name for name in planned_bits(config, layers) if not isinstance(layers[name], QuantizedLayer)]

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from lightning_qat_osc import LayerRule, QuantConfig, functional, quantization_plan, quantize_model
 from lightning_qat_osc.functional import fake_quantize
 from lightning_qat_osc.lookup import quantized_layers
-from lightning_qat_osc.quantizers import InputQuantizer, Quantizer, WeightQuantizer, quantized_class
+from lightning_qat_osc.quantized_layer import quantized_class
+from lightning_qat_osc.quantizers import InputQuantizer, Quantizer, WeightQuantizer
 
 LAYERS = {
     "Conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2), (2, 4, 9)),

@@ -6,7 +6,7 @@ from torchmetrics import Metric
 from lightning_qat_osc import LayerRule, QuantConfig, oscillation_states, quantization_plan, quantize_model
 from lightning_qat_osc.lookup import quantized_layers, quantized_weights, scale_parameters
 from lightning_qat_osc.plan import format_plan
-from lightning_qat_osc.quantizers import QuantizedLayer
+from lightning_qat_osc.quantized_layer import QuantizedLayer
 from lightning_qat_osc.surgery import unquantized_layers
 
 

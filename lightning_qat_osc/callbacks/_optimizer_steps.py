@@ -1,4 +1,4 @@
-"""Hooks before and after the steps that optimizers really take, and which of them are logged."""
+"""Hooks before and after the steps that optimizers really take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["OptimizerStepHooks", "is_log_step"]
+__all__ = ["OptimizerStepHooks"]
 
 StepFunction = Callable[[Optimizer], None]
 
@@ -163,13 +163,3 @@ class OptimizerStepHooks:
         depth, batch = self._running.get(optimizer, (0, 0))
         # a step that raised, batches ago, has not ended
         return depth if batch == self._trainer.fit_loop.total_batch_idx else 0
-
-
-def is_log_step(trainer: pl.Trainer) -> bool:
-    """Whether the loggers take the figures of the optimizer step that has just been made."""
-    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    automatic = trainer.lightning_module.automatic_optimization
-    # under manual optimization the loggers go by batches, while global_step counts the steps of all optimizers
-    step = trainer.global_step if automatic else trainer.fit_loop.total_batch_idx + 1
-    stepped = not automatic or (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
-    return bool(every) and ((stepped and step % every == 0) or trainer.is_last_batch)

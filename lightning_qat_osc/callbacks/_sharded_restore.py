@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat_osc.lookup import quantized_layers
-from lightning_qat_osc.quantizers import latent_weight
+from lightning_qat_osc.quantized_layer import latent_weight
 from lightning_qat_osc.sharding import copy_whole_
 
 __all__ = ["load_histories"]

@@ -10,13 +10,8 @@ from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._frozen_weights import HoldsFrozenWeights
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
-from lightning_qat_osc.callbacks._oscillation import (
-    OptimizerWeights,
-    require_one,
-    require_quantization,
-    step_hooks,
-    warn_if_nothing_oscillates,
-)
+from lightning_qat_osc.callbacks._optimizer_weights import OptimizerWeights
+from lightning_qat_osc.callbacks._requirements import require_one, require_quantization, warn_if_nothing_oscillates
 from lightning_qat_osc.checks import check_bits, check_number
 from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.sweep import advance_states
@@ -51,7 +46,7 @@ class TracksOscillation(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Agree with the other callbacks on the momentum, and on who advances the states."""
-        require_quantization(trainer, self)
+        self._step_hooks = require_quantization(trainer, self).step_hooks
         require_one(trainer, self)
         sharing = [c for c in trainer.callbacks if isinstance(c, TracksOscillation)]  # type: ignore[attr-defined]
         for what in ("momentum", "max_bits"):
@@ -75,7 +70,6 @@ class TracksOscillation(pl.Callback):
             if self._leads and moved:
                 advance_states(self._weights.of(optimizer), self._momentum, self._threshold_now(trainer))
 
-        self._step_hooks = step_hooks(trainer)
         self._step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module), after_step)
         for _, weight, quantizer in quantized_weights(pl_module, self.max_bits):
             quantizer.start_tracking(weight)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat_osc.batch_norm import batch_norm_layers, reestimate_batch_norm
-from lightning_qat_osc.callbacks._oscillation import require_averaging_before, require_quantization
+from lightning_qat_osc.callbacks._requirements import require_averaging_before, require_quantization
 from lightning_qat_osc.callbacks._training_batches import training_batches
 from lightning_qat_osc.callbacks._training_passes import (
     ForwardFn,

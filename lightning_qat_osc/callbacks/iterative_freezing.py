@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._frozen_weights import HoldsFrozenWeights
-from lightning_qat_osc.callbacks._optimizer_steps import is_log_step
-from lightning_qat_osc.callbacks._oscillation import require_averaging_before, run_length, run_step
+from lightning_qat_osc.callbacks._progress import is_log_step, run_length, run_step
+from lightning_qat_osc.callbacks._requirements import require_averaging_before
 from lightning_qat_osc.callbacks._tracks_oscillation import TracksOscillation
 from lightning_qat_osc.checks import check_number
 from lightning_qat_osc.lookup import quantized_weights

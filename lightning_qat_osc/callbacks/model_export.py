@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from lightning_qat_osc.callbacks._oscillation import require_quantization
+from lightning_qat_osc.callbacks._requirements import require_quantization
 from lightning_qat_osc.checks import check_choice
 from lightning_qat_osc.export.convert import copied
 from lightning_qat_osc.export.formats import SUFFIXES, ExportFormat, export_model, require_packages

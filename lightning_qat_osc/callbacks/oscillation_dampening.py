@@ -9,16 +9,10 @@ import lightning.pytorch as pl
 import torch
 from torch.optim import Optimizer
 
-from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
-from lightning_qat_osc.callbacks._oscillation import (
-    OptimizerWeights,
-    require_one,
-    require_quantization,
-    run_length,
-    run_step,
-    step_hooks,
-    warn_if_nothing_oscillates,
-)
+from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
+from lightning_qat_osc.callbacks._optimizer_weights import OptimizerWeights
+from lightning_qat_osc.callbacks._progress import is_log_step, run_length, run_step
+from lightning_qat_osc.callbacks._requirements import require_one, require_quantization, warn_if_nothing_oscillates
 from lightning_qat_osc.callbacks.iterative_freezing import IterativeFreezing
 from lightning_qat_osc.checks import check_bits, check_choice, check_number
 from lightning_qat_osc.lookup import quantized_weights
@@ -80,7 +74,7 @@ class OscillationDampening(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that there will be something to dampen, and find who may take it along."""
-        require_quantization(trainer, self)
+        self._step_hooks = require_quantization(trainer, self).step_hooks
         require_one(trainer, self)
         later = trainer.callbacks[trainer.callbacks.index(self) :]  # type: ignore[attr-defined]
         freezing = [c for c in later if isinstance(c, IterativeFreezing) and c.max_bits == self.max_bits]
@@ -90,7 +84,6 @@ class OscillationDampening(pl.Callback):
         """Hook the optimizers, and lay the schedule over the run."""
         warn_if_nothing_oscillates(pl_module, self.max_bits, "dampen")
         self._weights = OptimizerWeights(pl_module, self.max_bits)
-        self._step_hooks = step_hooks(trainer)
         self._step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module))
         if self.initial_weight != self.final_weight:
             steps = run_length(trainer, "The dampening weight")

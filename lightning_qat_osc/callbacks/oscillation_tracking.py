@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lightning_qat_osc.callbacks._optimizer_steps import is_log_step
+from lightning_qat_osc.callbacks._progress import is_log_step
 from lightning_qat_osc.callbacks._tracks_oscillation import TracksOscillation
 from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.metrics import FrozenShare, OscillatingShare, OscillationFrequency

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -11,53 +10,41 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_qat_osc.batch_norm import batch_norm_layers, batch_statistics
-from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.callbacks._frozen_weights import release_frozen_weights
-from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks, is_log_step
+from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
+from lightning_qat_osc.callbacks._progress import is_log_step
+from lightning_qat_osc.callbacks._range_initialisation import (
+    WatchedSteps,
+    initialise_ranges,
+    say_why_there_are_no_ranges,
+)
 from lightning_qat_osc.callbacks._scale_updates import ScaleUpdates, with_room_for_scales
 from lightning_qat_osc.callbacks._sharded_restore import load_histories
-from lightning_qat_osc.callbacks._training_batches import training_batches
-from lightning_qat_osc.callbacks._training_passes import (
-    ForwardFn,
-    can_run_training_step,
-    eagerly,
-    training_pass,
-    without_side_effects,
+from lightning_qat_osc.callbacks._training_passes import ForwardFn, can_run_training_step
+from lightning_qat_osc.callbacks._unsupported import (
+    check_callbacks,
+    check_layers,
+    check_strategy,
+    warn_of_copied_process,
+    warn_of_teachers,
 )
 from lightning_qat_osc.checks import check_count, check_file, check_flag, check_function, check_number
 from lightning_qat_osc.config import Granularity, LayerRule, QuantConfig, config_differences
 from lightning_qat_osc.files import written_whole
 from lightning_qat_osc.kernels import why_nothing_compiles
-from lightning_qat_osc.lookup import own_parameters, quantized_layers, quantizers, scale_parameters
+from lightning_qat_osc.lookup import quantizers, scale_parameters
 from lightning_qat_osc.plan import LayerPlan, format_plan, quantization_plan
 from lightning_qat_osc.ranges import RangeMethod
+from lightning_qat_osc.rules import bits_differences
 from lightning_qat_osc.sharding import reshard, whole
-from lightning_qat_osc.surgery import (
-    bits_differences,
-    hidden_weights,
-    no_layer_to_quantize,
-    quantizable_layers,
-    quantize_model,
-    unquantized_layers,
-    weights_tied_late,
-)
+from lightning_qat_osc.surgery import quantizable_layers, quantize_model
 
 __all__ = ["QuantizationAwareTraining"]
-
-# they copy the model in `setup`, and pair its parameters with the copy's by position
-_COPY_THE_MODEL = (pl.callbacks.WeightAveraging, pl.callbacks.StochasticWeightAveraging)
-
-
-_NO_BATCHES = "the training data must have at least 1 batch to initialise ranges from, got 0"
 
 
 class QuantizationAwareTraining(pl.Callback):
@@ -152,105 +139,28 @@ class QuantizationAwareTraining(pl.Callback):
         self.step_hooks = OptimizerStepHooks()  # the other callbacks', too
         self._scale_updates: ScaleUpdates | None = None
         self._saved_scale_updates: list[dict[str, Any]] | None = None
-        self._watching: tuple[Calibrator, ExitStack] | None = None
+        self._watched: WatchedSteps | None = None
         self._float_checkpoint: dict[str, Any] | None = None
         self._checked = False  # the scales, after the first step
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Insert the quantizers, unless they are in already."""
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
-            raise MisconfigurationException(
-                f"{type(trainer.strategy).__name__} keeps weights in flat pieces, which have no scales of their own: "
-                "use ModelParallelStrategy, and call lightning_qat_osc.quantize_model before fully_shard in "
-                "configure_model."
-            )
-        self._check_other_callbacks(trainer)
-        if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.precision in ("16-true", "bf16-true"):
-            raise MisconfigurationException(
-                f"precision='{trainer.precision}' with ModelParallelStrategy puts weights of 16 bits beside scales of "
-                "32, which FSDP2 does not take in one group: use bf16-mixed, or fully_shard's mp_policy."
-            )
+        check_strategy(trainer)
+        check_callbacks(trainer, self)
         if stage == "fit":
             # a fit that failed after its checkpoint was read may have left these
             self._scale_updates = self._saved_scale_updates = self._float_checkpoint = None
-            if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not quantized_layers(pl_module):
-                rank_zero_warn(
-                    "Training runs in copies of the process, and gives the latent weights back to a module without "
-                    "quantizers. To have it back quantized, call lightning_qat_osc.quantize_model(module, config) with "
-                    "this callback's config before fit, or load a checkpoint with lightning_qat_osc.load_quantized."
-                )
+            warn_of_copied_process(trainer, pl_module)
         if quantizable_layers(pl_module):
             quantize_model(pl_module, self.config)
         if stage != "fit" and trainer.strategy.restore_checkpoint_after_setup:
             self._hold_scales(pl_module)  # the Trainer may still have a fit's optimizers, which it restores, too
-        if stage == "fit" and isinstance(trainer.strategy, DDPStrategy):
-            self._warn_of_teachers(pl_module)
-
-    def _warn_of_teachers(self, pl_module: pl.LightningModule) -> None:
-        fixed = [
-            name
-            for name, layer in quantized_layers(pl_module).items()
-            if not any(p.requires_grad for p in own_parameters(layer))
-        ]
-        if fixed:
-            rank_zero_warn(
-                f"Layers {', '.join(fixed[:5])} have no parameter that is trained, but scales, whose gradients DDP "
-                "waits for. If they run in torch.no_grad(), as a teacher does, leave them in full precision with "
-                f"LayerRule(pattern='{fixed[0]}', weight_bits=None, activation_bits=None)."
-            )
-
-    def _check_other_callbacks(self, trainer: pl.Trainer) -> None:
-        """Refuse callbacks that would work on another model than the quantized one.
-
-        Raises:
-            MisconfigurationException: If there is one.
-        """
-        name, callbacks = type(self).__name__, list(trainer.callbacks)  # type: ignore[attr-defined]
-        if any(isinstance(c, QuantizationAwareTraining) and c is not self for c in callbacks):
-            raise MisconfigurationException(
-                "only one QuantizationAwareTraining can quantize a module: give the Trainer one, and LayerRule(...) in "
-                "its rules for layers that are to differ."
-            )
-        for other in callbacks:
-            if isinstance(other, pl.callbacks.ModelPruning):
-                raise MisconfigurationException(
-                    f"{name} and ModelPruning exclude each other: both replace the weight that a layer computes with. "
-                    "Prune in a run before, and make it permanent."
-                )
-        for other in callbacks[: callbacks.index(self)]:
-            if isinstance(other, _COPY_THE_MODEL):
-                raise MisconfigurationException(
-                    f"{name} must come before {type(other).__name__} in the Trainer's callbacks: that one copies the "
-                    "model, and its copy needs the quantizers."
-                )
+        if stage == "fit":
+            warn_of_teachers(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the updates of the scales."""
-        missing = unquantized_layers(pl_module, self.config)
-        if missing:
-            raise MisconfigurationException(
-                f"layers {', '.join(missing[:5])} have no quantizers, because they were made after Callback.setup: "
-                "call lightning_qat_osc.quantize_model(self, QuantConfig(...)) at the end of configure_model."
-            )
-        if not quantized_layers(pl_module):
-            left_out = bool(quantizable_layers(pl_module))
-            raise MisconfigurationException(
-                f"the arguments of {type(self).__name__} leave every layer in full precision: nothing to quantize"
-                if left_out
-                else no_layer_to_quantize(pl_module)
-            )
-        hidden = hidden_weights(pl_module)
-        if hidden:
-            raise MisconfigurationException(
-                f"the quantizers of {', '.join(hidden[:5])} have no effect, because a parametrization that was "
-                "registered after Callback.setup computes the weight: register it in __init__ or configure_model."
-            )
-        tied = weights_tied_late(pl_module)
-        if tied:
-            raise MisconfigurationException(
-                f"{' and '.join(tied)} share a weight, and have a quantizer each, because it was tied after "
-                "Callback.setup: tie weights in __init__ or configure_model."
-            )
+        check_layers(pl_module, self.config)
         self._choose_kernels(pl_module)
         self._scale_updates = ScaleUpdates(list(trainer.optimizers), pl_module, self.scale_learning_rate)
         if self._saved_scale_updates is not None:
@@ -320,36 +230,13 @@ class QuantizationAwareTraining(pl.Callback):
         release_frozen_weights(trainer, pl_module)
         if all(q.calibrated for q in quantizers(pl_module) if q.bits is not None):
             return
-        calibrator = Calibrator(pl_module, self.config)
         if self.forward_fn is None and not can_run_training_step(pl_module):
-            watching = ExitStack()
-            watching.enter_context(eagerly())
-            watching.enter_context(calibrator.observe(weights=False))
-            self._watching = calibrator, watching
+            self._watched = WatchedSteps(pl_module, self.config)
             return
-        forward = training_pass(trainer, pl_module, self.forward_fn)
-        batches, losses = 0, []
-        # before its first step the running statistics of a new network are no estimate of anything
-        new = [b for b in batch_norm_layers(pl_module).values() if b.training and b.num_batches_tracked == 0]
-        first = training_batches(trainer, pl_module, self.calibration_batches)
-        with without_side_effects(trainer, pl_module), batch_statistics(new), calibrator.observe(), closing(first):
-            for batch in first:
-                output = forward(batch)
-                batches += 1
-                if self.forward_fn is None:
-                    losses += _loss_is_nan(output)
-        if batches == 0:
-            raise MisconfigurationException(_NO_BATCHES)
-        if losses and bool(torch.stack(losses).all()):
-            raise MisconfigurationException(
-                f"the loss of `training_step` must be a number, got nan for each of {len(losses)} calibration batches, "
-                "which run in full precision: there is NaN or inf in the data or in the weights."
-            )
-        self._finish_calibration(calibrator, pl_module)
+        initialise_ranges(trainer, pl_module, self.config, self.calibration_batches, self.forward_fn)
+        self._show_plan(pl_module)
 
-    def _finish_calibration(self, calibrator: Calibrator, pl_module: pl.LightningModule) -> None:
-        for word in calibrator.finish():
-            rank_zero_warn(word)
+    def _show_plan(self, pl_module: pl.LightningModule) -> None:
         plan = quantization_plan(pl_module)
         if self.print_plan:
             rank_zero_info(format_plan(plan))
@@ -378,13 +265,13 @@ class QuantizationAwareTraining(pl.Callback):
         if first_step or is_log_step(trainer):
             self._check_scales(trainer, pl_module)
             self._checked |= first_step
-        if self._watching is not None and batch_idx + 1 >= self.calibration_batches:
-            self._stop_watching(pl_module)
+        if batch_idx + 1 >= self.calibration_batches:
+            self._finish_watching(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look for NaN; under manual optimization, an epoch shorter than ``calibration_batches`` has to do."""
         self._check_scales(trainer, pl_module)
-        self._stop_watching(pl_module)
+        self._finish_watching(pl_module)
 
     def _check_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop at NaN before it is evaluated, saved or counted: its integers would look like weights that have settled.
@@ -401,12 +288,11 @@ class QuantizationAwareTraining(pl.Callback):
                 "Trainer(detect_anomaly=True)."
             )
 
-    def _stop_watching(self, pl_module: pl.LightningModule) -> None:
-        if self._watching is not None:
-            calibrator, watching = self._watching
-            self._watching = None
-            watching.close()
-            self._finish_calibration(calibrator, pl_module)
+    def _finish_watching(self, pl_module: pl.LightningModule) -> None:
+        watched, self._watched = self._watched, None
+        if watched is not None:
+            watched.finish()
+            self._show_plan(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the evaluation is one in full precision; in fit, look for NaN.
@@ -417,7 +303,7 @@ class QuantizationAwareTraining(pl.Callback):
         if trainer.state.fn != "fit":
             _begin_anew_where_stale(pl_module)
         if not trainer.sanity_checking:
-            self._stop_watching(pl_module)
+            self._finish_watching(pl_module)
             self._check_bits(pl_module)
             if trainer.state.fn == "fit":
                 self._check_scales(trainer, pl_module)
@@ -448,19 +334,9 @@ class QuantizationAwareTraining(pl.Callback):
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a run that had nothing to train on, and tell of one that was over: Lightning would say nothing."""
-        if any(q.calibrated for q in quantizers(pl_module)):
-            return
-        if trainer.limit_train_batches == 0 or trainer.num_training_batches == 0:
-            limit = trainer.limit_train_batches
-            raise MisconfigurationException(f"{_NO_BATCHES}, with limit_train_batches={limit}")
-        if trainer.global_step > 0:
-            rank_zero_warn(
-                f"Nothing was trained, and the quantizers have no ranges: the run was at its end already, at epoch "
-                f"{trainer.current_epoch} of max_epochs={trainer.max_epochs} and step {trainer.global_step} of "
-                f"max_steps={trainer.max_steps}. Epochs and steps in full precision count: raise the limit, or load "
-                "the weights alone, with load_from_checkpoint, and leave ckpt_path out."
-            )
+        """Say why nothing is quantized, if nothing is."""
+        if not any(q.calibrated for q in quantizers(pl_module)):
+            say_why_there_are_no_ranges(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the optimizers. Weights that were exchanged within a run were its own affair."""
@@ -479,9 +355,9 @@ class QuantizationAwareTraining(pl.Callback):
 
     def _release(self) -> None:
         self.step_hooks.detach()
-        if self._watching is not None:
-            self._watching[1].close()
-            self._watching = None
+        if self._watched is not None:
+            self._watched.close()
+            self._watched = None
 
     def state_dict(self) -> dict[str, Any]:
         """The configuration, and the state of the scales' Adam. The ranges are in the module's state."""
@@ -510,12 +386,6 @@ def _begin_anew_where_stale(module: pl.LightningModule) -> None:
     for quantizer in quantizers(module):
         if quantizer.stale:
             quantizer.begin_anew()
-
-
-def _loss_is_nan(output: Any) -> list[Tensor]:
-    """Whether what a ``training_step`` returned has a loss of NaN; empty where it has no loss."""
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    return [loss.isnan().any()] if isinstance(loss, Tensor) else []
 
 
 @rank_zero_only

@@ -29,7 +29,7 @@ from lightning_qat_osc.export.integers import (
 )
 from lightning_qat_osc.layers import calling_forward, keep_off_fused_path, written_parameter
 from lightning_qat_osc.lookup import quantized_layers
-from lightning_qat_osc.quantizers import QuantizedLayer
+from lightning_qat_osc.quantized_layer import QuantizedLayer
 
 __all__ = ["IntegerModel", "QuantizeInputs", "convert", "integer_model"]
 

@@ -16,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from lightning_qat_osc.export.integers import IntegerWeight, qualified
+from lightning_qat_osc.export.integers import IntegerWeight
 from lightning_qat_osc.layers import layer_kind
+from lightning_qat_osc.lookup import qualified
 
 __all__ = ["CannotFoldError", "Folding", "fold_batch_norm", "remove_batch_norm", "scaled_channels"]
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_qat_osc.checks import check_module
 from lightning_qat_osc.functional import quantize_to_int
-from lightning_qat_osc.lookup import quantized_layers
-from lightning_qat_osc.quantizers import InputQuantizer, QuantizedLayer, WeightQuantizer, latent_weight
+from lightning_qat_osc.lookup import qualified, quantized_layers
+from lightning_qat_osc.quantized_layer import QuantizedLayer, latent_weight
+from lightning_qat_osc.quantizers import InputQuantizer, WeightQuantizer
 from lightning_qat_osc.sharding import whole
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "input_grids",
     "integer_weights",
     "layers_by_every_name",
-    "qualified",
 ]
 
 
@@ -72,11 +72,6 @@ class InputGrid:
     quant_max: int
     bits: int
     dtype: torch.dtype = torch.float32
-
-
-def qualified(layer: str, parameter: str) -> str:
-    """The key of a layer's parameter in the model's state_dict."""
-    return f"{layer}.{parameter}" if layer else parameter
 
 
 def layers_by_every_name(module: nn.Module) -> dict[str, QuantizedLayer]:

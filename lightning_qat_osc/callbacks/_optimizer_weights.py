@@ -1,0 +1,54 @@
+"""The low-bit weights of each optimizer."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from torch.optim import Optimizer
+
+from lightning_qat_osc.lookup import is_quantized, quantized_layers, weights_with_quantizers
+from lightning_qat_osc.sweep import WeightBatch, in_batches
+
+__all__ = ["OptimizerWeights"]
+
+
+class OptimizerWeights:
+    """The low-bit weights of each optimizer. The model is searched once, and again where a layer has another weight.
+
+    Args:
+        pl_module: The quantized module, once it is whole.
+        max_bits: Weights of more bits than this are left out.
+    """
+
+    def __init__(self, pl_module: pl.LightningModule, max_bits: int) -> None:
+        self._module = pl_module
+        self._max_bits = max_bits
+        self._search()
+
+    def _search(self) -> None:
+        self._weights = weights_with_quantizers(self._module)
+        self._owners = [
+            (layer, parameter, layer._parameters.get(parameter))
+            for layer in quantized_layers(self._module).values()
+            for parameter in layer.parameter_quantizers
+        ]
+        self._batches: dict[Optimizer, tuple[list[tuple[str, torch.Size]], list[WeightBatch]]] = {}
+
+    def of(self, optimizer: Optimizer) -> list[WeightBatch]:
+        """Those that an optimizer updates; not those that their owner holds fixed."""
+        if any(layer._parameters.get(parameter) is not weight for layer, parameter, weight in self._owners):
+            self._search()
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        weights = [
+            w
+            for w in self._weights
+            if w.weight.requires_grad and id(w.weight) in owned and is_quantized(w.quantizer, self._max_bits)
+        ]
+        shapes = [(w.name, w.weight.shape) for w in weights]
+        if optimizer not in self._batches or self._batches[optimizer][0] != shapes:
+            self._batches[optimizer] = shapes, in_batches(weights)
+        return self._batches[optimizer][1]
+
+    def about_to_move(self, optimizer: Optimizer) -> list[WeightBatch]:
+        """Those of them that have gradients."""
+        return [batch for batch in self.of(optimizer) if batch.has_gradients()]

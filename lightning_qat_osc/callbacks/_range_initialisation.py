@@ -1,0 +1,117 @@
+"""Ranges from training batches: ahead of the first step, or from the first steps themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_qat_osc.batch_norm import batch_norm_layers, batch_statistics
+from lightning_qat_osc.calibration import Calibrator
+from lightning_qat_osc.callbacks._training_batches import training_batches
+from lightning_qat_osc.callbacks._training_passes import ForwardFn, eagerly, training_pass, without_side_effects
+from lightning_qat_osc.config import QuantConfig
+
+__all__ = ["WatchedSteps", "initialise_ranges", "say_why_there_are_no_ranges"]
+
+_NO_BATCHES = "the training data must have at least 1 batch to initialise ranges from, got 0"
+
+
+def initialise_ranges(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    config: QuantConfig,
+    num_batches: int,
+    forward_fn: ForwardFn | None,
+) -> None:
+    """Set the ranges of a module's quantizers from passes over training batches, of which nothing else takes notice.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The quantized module.
+        config: What is quantized.
+        num_batches: Training batches to run.
+        forward_fn: Runs the network on a batch; None: the module's ``training_step``.
+
+    Raises:
+        MisconfigurationException: If there is no training batch, or the loss is NaN for each of them.
+    """
+    calibrator = Calibrator(pl_module, config)
+    forward = training_pass(trainer, pl_module, forward_fn)
+    count, losses = 0, []
+    # before its first step the running statistics of a new network are no estimate of anything
+    new = [b for b in batch_norm_layers(pl_module).values() if b.training and b.num_batches_tracked == 0]
+    batches = training_batches(trainer, pl_module, num_batches)
+    with without_side_effects(trainer, pl_module), batch_statistics(new), calibrator.observe(), closing(batches):
+        for batch in batches:
+            output = forward(batch)
+            count += 1
+            if forward_fn is None:
+                losses += _loss_is_nan(output)
+    if count == 0:
+        raise MisconfigurationException(_NO_BATCHES)
+    if losses and bool(torch.stack(losses).all()):
+        raise MisconfigurationException(
+            f"the loss of `training_step` must be a number, got nan for each of {len(losses)} calibration batches, "
+            "which run in full precision: there is NaN or inf in the data or in the weights."
+        )
+    _set_ranges(calibrator)
+
+
+class WatchedSteps:
+    """Training steps, in full precision, that a module's ranges are set from: where none can be run ahead of training.
+
+    Args:
+        pl_module: The quantized module, which is watched from now on.
+        config: What is quantized.
+    """
+
+    def __init__(self, pl_module: pl.LightningModule, config: QuantConfig) -> None:
+        self._calibrator = Calibrator(pl_module, config)
+        self._watching = ExitStack()
+        self._watching.enter_context(eagerly())
+        self._watching.enter_context(self._calibrator.observe(weights=False))
+
+    def finish(self) -> None:
+        """Set the ranges from what has been seen so far."""
+        self.close()
+        _set_ranges(self._calibrator)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._watching.close()
+
+
+def say_why_there_are_no_ranges(trainer: pl.Trainer) -> None:
+    """Refuse a run that had nothing to train on, and tell of one that was over: Lightning would say nothing.
+
+    Raises:
+        MisconfigurationException: If there were no training batches.
+    """
+    if trainer.limit_train_batches == 0 or trainer.num_training_batches == 0:
+        limit = trainer.limit_train_batches
+        raise MisconfigurationException(f"{_NO_BATCHES}, with limit_train_batches={limit}")
+    if trainer.global_step > 0:
+        rank_zero_warn(
+            f"Nothing was trained, and the quantizers have no ranges: the run was at its end already, at epoch "
+            f"{trainer.current_epoch} of max_epochs={trainer.max_epochs} and step {trainer.global_step} of "
+            f"max_steps={trainer.max_steps}. Epochs and steps in full precision count: raise the limit, or load "
+            "the weights alone, with load_from_checkpoint, and leave ckpt_path out."
+        )
+
+
+def _set_ranges(calibrator: Calibrator) -> None:
+    for word in calibrator.finish():
+        rank_zero_warn(word)
+
+
+def _loss_is_nan(output: Any) -> list[Tensor]:
+    """Whether what a ``training_step`` returned has a loss of NaN; empty where it has no loss."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return [loss.isnan().any()] if isinstance(loss, Tensor) else []

@@ -1,0 +1,78 @@
+"""What callbacks require of a Trainer's other callbacks, and of the quantized module."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_qat_osc.lookup import weights_with_quantizers
+
+__all__ = ["require_averaging_before", "require_one", "require_quantization", "warn_if_nothing_oscillates"]
+
+
+def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> QuantizationAwareTraining:
+    """The QuantizationAwareTraining that comes before a callback, as it must.
+
+    Raises:
+        MisconfigurationException: If none is in the list, or it comes later.
+    """
+    name = type(callback).__name__
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    quantization = next((c for c in callbacks if isinstance(c, QuantizationAwareTraining)), None)
+    if quantization is None:
+        raise MisconfigurationException(
+            f"{name} needs quantized weights: add QuantizationAwareTraining(...) to the Trainer's callbacks, before it."
+        )
+    if callbacks.index(quantization) > callbacks.index(callback):
+        raise MisconfigurationException(
+            f"QuantizationAwareTraining must come before {name} in the Trainer's callbacks: it inserts the quantizers "
+            "and moves their scales, which the others then read."
+        )
+    return quantization
+
+
+def require_one(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Insist that a callback is the only one of its kind, whose arguments are then in force.
+
+    Raises:
+        MisconfigurationException: If there are more.
+    """
+    same = [c for c in trainer.callbacks if type(c) is type(callback)]  # type: ignore[attr-defined]
+    if len(same) > 1:
+        name = type(callback).__name__
+        raise MisconfigurationException(f"the Trainer's callbacks must have one {name} at most, got {len(same)}")
+
+
+def require_averaging_before(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Insist that averaged weights are in place when a callback prepares the model for an evaluation.
+
+    Raises:
+        MisconfigurationException: If a WeightAveraging, which swaps them in, comes after it.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks[callbacks.index(callback) :]:
+        if isinstance(other, pl.callbacks.WeightAveraging):
+            raise MisconfigurationException(
+                f"{type(other).__name__} must come before {type(callback).__name__} in the Trainer's callbacks, and "
+                "after QuantizationAwareTraining: what it swaps in before an evaluation is yet to be prepared for it."
+            )
+
+
+def warn_if_nothing_oscillates(pl_module: pl.LightningModule, max_bits: int, verb: str) -> None:
+    """Say so if no weight has few enough bits for a callback.
+
+    Args:
+        pl_module: The quantized module.
+        max_bits: The callback's.
+        verb: What the callback does to weights.
+    """
+    bits = [w.quantizer.bits for w in weights_with_quantizers(pl_module) if w.quantizer.bits is not None]
+    if any(b <= max_bits for b in bits):
+        return
+    least = f"the least is {min(bits)}; the first and last layer have first_last_bits" if bits else "none is quantized"
+    rank_zero_warn(
+        f"No weight is quantized to max_bits={max_bits} or fewer ({least}): there is nothing to {verb}. Lower the bits "
+        "(first_last_bits=None gives the first and last layer those of the others) or raise max_bits."
+    )

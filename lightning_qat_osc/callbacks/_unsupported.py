@@ -1,0 +1,129 @@
+"""What quantization-aware training does not work with, or not as one may think: told before training, not after."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_qat_osc.config import QuantConfig
+from lightning_qat_osc.lookup import own_parameters, quantized_layers
+from lightning_qat_osc.surgery import (
+    hidden_weights,
+    no_layer_to_quantize,
+    quantizable_layers,
+    unquantized_layers,
+    weights_tied_late,
+)
+
+__all__ = ["check_callbacks", "check_layers", "check_strategy", "warn_of_copied_process", "warn_of_teachers"]
+
+# they copy the model in `setup`, and pair its parameters with the copy's by position
+_COPY_THE_MODEL = (pl.callbacks.WeightAveraging, pl.callbacks.StochasticWeightAveraging)
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Refuse strategies under which scales have no place.
+
+    Raises:
+        MisconfigurationException: If the Trainer has one.
+    """
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise MisconfigurationException(
+            f"{type(trainer.strategy).__name__} keeps weights in flat pieces, which have no scales of their own: "
+            "use ModelParallelStrategy, and call lightning_qat_osc.quantize_model before fully_shard in "
+            "configure_model."
+        )
+    if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.precision in ("16-true", "bf16-true"):
+        raise MisconfigurationException(
+            f"precision='{trainer.precision}' with ModelParallelStrategy puts weights of 16 bits beside scales of "
+            "32, which FSDP2 does not take in one group: use bf16-mixed, or fully_shard's mp_policy."
+        )
+
+
+def check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Refuse callbacks that would work on another model than the one that ``callback`` quantizes.
+
+    Raises:
+        MisconfigurationException: If the Trainer has one.
+    """
+    name, callbacks = type(callback).__name__, list(trainer.callbacks)  # type: ignore[attr-defined]
+    if any(isinstance(other, type(callback)) and other is not callback for other in callbacks):
+        raise MisconfigurationException(
+            f"only one {name} can quantize a module: give the Trainer one, and LayerRule(...) in its rules for layers "
+            "that are to differ."
+        )
+    for other in callbacks:
+        if isinstance(other, pl.callbacks.ModelPruning):
+            raise MisconfigurationException(
+                f"{name} and ModelPruning exclude each other: both replace the weight that a layer computes with. "
+                "Prune in a run before, and make it permanent."
+            )
+    for other in callbacks[: callbacks.index(callback)]:
+        if isinstance(other, _COPY_THE_MODEL):
+            raise MisconfigurationException(
+                f"{name} must come before {type(other).__name__} in the Trainer's callbacks: that one copies the "
+                "model, and its copy needs the quantizers."
+            )
+
+
+def check_layers(pl_module: pl.LightningModule, config: QuantConfig) -> None:
+    """Refuse a module of which nothing is quantized, or that has changed since its quantizers were inserted.
+
+    Raises:
+        MisconfigurationException: If it is one.
+    """
+    missing = unquantized_layers(pl_module, config)
+    if missing:
+        raise MisconfigurationException(
+            f"layers {', '.join(missing[:5])} have no quantizers, because they were made after Callback.setup: "
+            "call lightning_qat_osc.quantize_model(self, QuantConfig(...)) at the end of configure_model."
+        )
+    if not quantized_layers(pl_module):
+        left_out = bool(quantizable_layers(pl_module))
+        raise MisconfigurationException(
+            "the arguments of QuantizationAwareTraining leave every layer in full precision: nothing to quantize"
+            if left_out
+            else no_layer_to_quantize(pl_module)
+        )
+    hidden = hidden_weights(pl_module)
+    if hidden:
+        raise MisconfigurationException(
+            f"the quantizers of {', '.join(hidden[:5])} have no effect, because a parametrization that was "
+            "registered after Callback.setup computes the weight: register it in __init__ or configure_model."
+        )
+    tied = weights_tied_late(pl_module)
+    if tied:
+        raise MisconfigurationException(
+            f"{' and '.join(tied)} share a weight, and have a quantizer each, because it was tied after "
+            "Callback.setup: tie weights in __init__ or configure_model."
+        )
+
+
+def warn_of_copied_process(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Say so if training gives the module back as it was, without quantizers."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not quantized_layers(pl_module):
+        rank_zero_warn(
+            "Training runs in copies of the process, and gives the latent weights back to a module without "
+            "quantizers. To have it back quantized, call lightning_qat_osc.quantize_model(module, config) with "
+            "this callback's config before fit, or load a checkpoint with lightning_qat_osc.load_quantized."
+        )
+
+
+def warn_of_teachers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Say so if DDP would wait for gradients of scales that have none."""
+    if not isinstance(trainer.strategy, DDPStrategy):
+        return
+    fixed = [
+        name
+        for name, layer in quantized_layers(pl_module).items()
+        if not any(p.requires_grad for p in own_parameters(layer))
+    ]
+    if fixed:
+        rank_zero_warn(
+            f"Layers {', '.join(fixed[:5])} have no parameter that is trained, but scales, whose gradients DDP "
+            "waits for. If they run in torch.no_grad(), as a teacher does, leave them in full precision with "
+            f"LayerRule(pattern='{fixed[0]}', weight_bits=None, activation_bits=None)."
+        )
