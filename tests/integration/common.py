@@ -1,10 +1,11 @@
-"""What the integration tests share: every callback at once, and slow loops over recorded integers."""
+"""What the integration tests share: every callback at once, what a run leaves behind, slow loops over its integers."""
 
 import math
 
 import lightning as L
 import pytest
 import torch
+from models import dataset
 from reference import WeightLoop
 
 from lightning_qat_osc import (
@@ -33,6 +34,47 @@ def all_callbacks(*, record=None, forward_fn=None, momentum=MOMENTUM, **qat):
         IterativeFreezing(THRESHOLD, FINAL_THRESHOLD, anneal_start=ANNEAL_START),
         BatchNormReestimation(num_batches=3, forward_fn=forward_fn),
     ]
+
+
+class Order:
+    """Batches in an order of their own each epoch, in which a checkpoint finds its place again."""
+
+    def __init__(self):
+        self.data, self.epoch, self.position, self.begin = dataset(), 0, 0, 0
+        self.sampler = self
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(self.epoch)).view(8, 8)
+        begin, self.begin = self.begin, 0
+        for i in range(begin, 8):
+            self.position = (i + 1) % 8  # behind the last batch begins the next epoch
+            yield self.data[order[i]]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.begin = state["position"]
+
+
+def snapshot(module):
+    """Everything that a run leaves behind in a module, by name."""
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    for name, states in oscillation_states(module).items():
+        state |= {f"{name}.{key}": value.clone() for key, value in states.state_dict().items()}
+    return state
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
 
 
 def annealed(initial, final, position, length):

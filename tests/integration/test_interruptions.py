@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from common import Order, all_callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -21,11 +22,6 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from lightning_qat_osc import (
-    BatchNormReestimation,
-    IterativeFreezing,
-    OscillationDampening,
-    OscillationTracking,
-    QuantizationAwareTraining,
     oscillation_states,
 )
 
@@ -33,18 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*below twice the momentum.*"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*"),
 ]
-
-
-def callbacks(forward_fn=None, **kwargs):
-    return [
-        QuantizationAwareTraining(
-            2, 3, first_last_bits=None, scale_learning_rate=0.01, forward_fn=forward_fn, **kwargs
-        ),
-        OscillationTracking(momentum=0.1),
-        OscillationDampening(final_weight=1e-2),
-        IterativeFreezing(threshold=0.12, final_threshold=0.05),
-        BatchNormReestimation(num_batches=3, forward_fn=forward_fn),
-    ]
 
 
 class Fragile(ConvModule):
@@ -155,7 +139,7 @@ def assert_goes_on(module, same_callbacks):
     with torch.no_grad():
         assert module.eval()(dataset().tensors[0]).isfinite().all()
     module.train()
-    for again in (same_callbacks, callbacks(same_callbacks[-1].forward_fn)):
+    for again in (same_callbacks, all_callbacks(forward_fn=same_callbacks[-1].forward_fn)):
         before = len(module.calls)
         t = trainer(again, max_epochs=2)
         t.fit(module, Data())
@@ -172,7 +156,7 @@ def assert_goes_on(module, same_callbacks):
 def test_an_error_in_a_pass_leaves_no_trace(where, error):
     generator = torch.Generator().manual_seed(3)
     look = BeforeAndAfter(generator)
-    own = callbacks(forward_fn if "forward_fn" in where else None)
+    own = all_callbacks(forward_fn=forward_fn if "forward_fn" in where else None)
     module = Fragile(where, error)
     t = trainer([look, *own])
     train = DataLoader(dataset(), batch_size=8, shuffle=True, generator=generator)
@@ -194,7 +178,7 @@ def test_an_error_in_a_pass_outside_fit_leaves_no_trace(function):
     class Look(BeforeAndAfter):
         on_test_epoch_start = BeforeAndAfter.look
 
-    look, own, module = Look(None), callbacks(), Outside(f"pass in {function}")
+    look, own, module = Look(None), all_callbacks(), Outside(f"pass in {function}")
     trainer(own).fit(module, Data())
     t = trainer([look, *own])
     with pytest.raises(RuntimeError, match="user's error"):
@@ -207,7 +191,7 @@ def test_an_error_in_a_pass_outside_fit_leaves_no_trace(function):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["training", "validation", "optimizer", "zero_grad", "batch_end"])
 def test_an_error_in_training_lets_go_of_everything(where, error):
-    own, module = callbacks(), Fragile(where, error)
+    own, module = all_callbacks(), Fragile(where, error)
     t = trainer(own)
     with pytest.raises((RuntimeError, SystemExit)):
         t.fit(module, Data())
@@ -216,38 +200,11 @@ def test_an_error_in_training_lets_go_of_everything(where, error):
     assert_goes_on(module, own)
 
 
-class Order:
-    """Batches in an order of their own each epoch, in which a checkpoint finds its place again."""
-
-    def __init__(self):
-        self.data, self.epoch, self.position, self.begin = dataset(), 0, 0, 0
-        self.sampler = self
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __len__(self):
-        return 8
-
-    def __iter__(self):
-        order = torch.randperm(64, generator=torch.Generator().manual_seed(self.epoch)).view(8, 8)
-        begin, self.begin = self.begin, 0
-        for i in range(begin, 8):
-            self.position = (i + 1) % 8  # behind the last batch begins the next epoch
-            yield self.data[order[i]]
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.begin = state["position"]
-
-
 def run(extra=(), seed=11, ckpt_path=None, **kwargs):
     torch.manual_seed(seed)
     module = ConvModule(lr=0.3)
     checkpointing = any(isinstance(c, ModelCheckpoint) for c in extra)
-    t = trainer([*callbacks(), *extra], max_epochs=4, enable_checkpointing=checkpointing, **kwargs)
+    t = trainer([*all_callbacks(), *extra], max_epochs=4, enable_checkpointing=checkpointing, **kwargs)
     t.fit(module, Order(), loader(16), ckpt_path=ckpt_path)
     assert t.global_step == 32
     return module
@@ -358,7 +315,7 @@ def test_a_full_disk_ends_the_run_and_the_last_good_checkpoint_resumes(unbroken,
     torch.manual_seed(11)
     module = ConvModule(lr=0.3)
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
-    own = callbacks()
+    own = all_callbacks()
     t = trainer([*own, checkpoint], max_epochs=4, enable_checkpointing=True, plugins=[FullDisk(room)])
     with pytest.raises(OSError, match="No space left"):
         t.fit(module, Order(), loader(16))
@@ -388,7 +345,7 @@ def test_an_error_after_a_checkpoint_resumes_from_it(unbroken, tmp_path, where):
 
     torch.manual_seed(11)
     checkpoint = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=6)
-    t = trainer([*callbacks(), checkpoint], max_epochs=4, enable_checkpointing=True)
+    t = trainer([*all_callbacks(), checkpoint], max_epochs=4, enable_checkpointing=True)
     with pytest.raises(RuntimeError, match="user's error"):
         t.fit(Breaks(lr=0.3), Order(), loader(16))
     step = torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"]
@@ -399,7 +356,7 @@ def test_an_error_after_a_checkpoint_resumes_from_it(unbroken, tmp_path, where):
 @pytest.mark.parametrize("fails", ["write", "replace"])
 def test_a_plan_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch, fails):
     path = tmp_path / "plan.yaml"
-    trainer(callbacks(plan_path=str(path)), max_steps=1).fit(ConvModule(), Data())
+    trainer(all_callbacks(plan_path=str(path)), max_steps=1).fit(ConvModule(), Data())
     earlier = path.read_text()
     assert len(yaml.safe_load(earlier)) == 4
     no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -413,11 +370,11 @@ def test_a_plan_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypa
         raise no_space
 
     module = ConvModule()
-    t = trainer(callbacks(plan_path=str(path)), max_steps=1)
+    t = trainer(all_callbacks(plan_path=str(path)), max_steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(*(Path, "write_text", half) if fails == "write" else (os, "replace", no_replace))
         with pytest.raises(OSError, match="No space left"):
             t.fit(module, Data())
     assert path.read_text() == earlier
     assert list(tmp_path.iterdir()) == [path]
-    trainer(callbacks(plan_path=str(path)), max_epochs=1).fit(module, Data())
+    trainer(all_callbacks(plan_path=str(path)), max_epochs=1).fit(module, Data())

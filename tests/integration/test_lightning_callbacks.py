@@ -7,6 +7,7 @@ import math
 import lightning as L
 import pytest
 import torch
+from common import all_callbacks, assert_same, snapshot
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -54,20 +55,11 @@ pytestmark = [
 
 
 def qat():
-    return QuantizationAwareTraining(2, 3, first_last_bits=None, scale_learning_rate=0.01)
+    return all_callbacks()[0]
 
 
 def others():
-    return [
-        OscillationTracking(momentum=0.1),
-        OscillationDampening(final_weight=1e-2),
-        IterativeFreezing(threshold=0.12, final_threshold=0.05),
-        BatchNormReestimation(num_batches=3),
-    ]
-
-
-def ours():
-    return [qat(), *others()]
+    return all_callbacks()[1:]
 
 
 def frozen_share(module):
@@ -78,20 +70,6 @@ def frozen_share(module):
 def integers(layer):
     scale = layer.weight_quantizer.scale.detach()
     return (layer.weight.detach() / scale).round().clamp(-2, 1)
-
-
-def snapshot(module):
-    """Everything that a run leaves behind in a module, by name."""
-    state = {name: value.clone() for name, value in module.state_dict().items()}
-    for name, states in oscillation_states(module).items():
-        state |= {f"{name}.{key}": value.clone() for key, value in states.state_dict().items()}
-    return state
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
 
 
 class AtValidation(L.Callback):
@@ -117,7 +95,7 @@ class CrashAt(L.Callback):
 def test_the_best_checkpoint_by_an_oscillation_figure_is_that_of_its_epoch(tmp_path):
     at = AtValidation()
     best = ModelCheckpoint(tmp_path, monitor="oscillation/frozen", mode="max", filename="{epoch}")
-    t = trainer([*ours(), at, best], max_epochs=5, enable_checkpointing=True)
+    t = trainer([*all_callbacks(), at, best], max_epochs=5, enable_checkpointing=True)
     t.fit(ConvModule(lr=0.3), Data())
     assert len(at.shares) == 5
     assert at.shares[0] < max(at.shares)
@@ -132,7 +110,7 @@ def test_the_best_checkpoint_by_an_oscillation_figure_is_that_of_its_epoch(tmp_p
 def test_training_stops_early_at_an_oscillation_figure():
     at, module = AtValidation(), ConvModule(lr=0.3)
     stop = EarlyStopping("oscillation/frozen", mode="max", patience=100, stopping_threshold=0.01)
-    t = trainer([*ours(), at, stop], max_epochs=12)
+    t = trainer([*all_callbacks(), at, stop], max_epochs=12)
     t.fit(module, Data())
     assert [share > 0.01 for share in at.shares] == [False] * (len(at.shares) - 1) + [True]
     assert 1 < t.current_epoch == len(at.shares) < 12
@@ -209,7 +187,7 @@ def test_a_copy_of_the_model_made_before_the_quantizers_is_refused(name, argumen
         pytest.skip(f"this Lightning has no {name}")
     module = ConvModule()
     before = copy.deepcopy(module.state_dict())
-    t = trainer([getattr(lightning_callbacks, name)(**arguments), *ours()])
+    t = trainer([getattr(lightning_callbacks, name)(**arguments), *all_callbacks()])
     with pytest.raises(MisconfigurationException, match=f"QuantizationAwareTraining must come before {name}"):
         t.fit(module, Data())
     assert t.global_step == 0
@@ -276,7 +254,7 @@ def test_learning_rates_are_logged_for_the_users_groups_alone(tmp_path):
 
     logger = CSVLogger(tmp_path)
     monitor = LearningRateMonitor("epoch", log_momentum=True, log_weight_decay=True)
-    trainer([*ours(), monitor], logger=logger, log_every_n_steps=4).fit(Groups(), Data())
+    trainer([*all_callbacks(), monitor], logger=logger, log_every_n_steps=4).fit(Groups(), Data())
     with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["lr-SGD/pg1"]]
     assert {key for key in rows[0] if key.startswith("lr-")} == {
@@ -369,7 +347,7 @@ def test_a_frozen_backbone_is_quantized_and_tracked_from_its_first_step_on(kind)
         "BaseFinetuning": lambda: FromEpoch(2),
         "by hand": lambda: FromEpoch(2, by_hand=True, train_bn=False),
     }[kind]()
-    callbacks = ours()
+    callbacks = all_callbacks()
     frozen_first = IterativeFreezing(threshold=1.0)
     callbacks[3] = frozen_first  # nothing freezes, so that the slow loop sees every integer
     t = trainer([callbacks[0], finetuning, *callbacks[1:], steps], max_epochs=7)
@@ -441,7 +419,7 @@ def test_weights_that_their_owner_holds_fixed_stay_so_while_their_scales_learn()
         def on_train_batch_end(self, trainer, pl_module, *args):
             scales.append(pl_module.point.weight_quantizer.scale.item())
 
-    callbacks = ours()
+    callbacks = all_callbacks()
     callbacks[0] = QuantizationAwareTraining(2, 3, first_last_bits=None, scale_learning_rate=0.3)  # integers jump
     trainer([*callbacks, Look()], max_epochs=6).fit(module, Data())
     assert torch.equal(module.point.weight, before)
@@ -453,7 +431,7 @@ def test_batch_norm_that_finetuning_froze_keeps_its_statistics():
     module = WithBackbone()
     with torch.no_grad():
         module.backbone[1].running_var.fill_(4.0)
-    callbacks = ours()
+    callbacks = all_callbacks()
     trainer([callbacks[0], FromEpoch(9, train_bn=False), *callbacks[1:]], max_epochs=3).fit(module, Data())
     assert module.backbone[1].running_var.tolist() == [4.0] * 4
     assert module.backbone[1].running_mean.tolist() == [0.0] * 4
@@ -464,7 +442,7 @@ def test_batch_norm_that_finetuning_froze_keeps_its_statistics():
 )
 def test_schedules_end_with_the_run_under_scheduled_accumulation(tmp_path, schedule, max_steps, steps):
     logger = CSVLogger(tmp_path)
-    callbacks = [*ours(), GradientAccumulationScheduler(schedule)]
+    callbacks = [*all_callbacks(), GradientAccumulationScheduler(schedule)]
     t = trainer(callbacks, max_epochs=4, max_steps=max_steps, logger=logger, log_every_n_steps=1)
     t.fit(ConvModule(lr=0.3), Data())
     assert t.global_step == steps
@@ -507,7 +485,7 @@ def searched(finder, tmp_path, **kwargs):
     module, begin = Searched(), Begin()
     for name, value in kwargs.items():
         setattr(module, name, value)
-    t = trainer([*([] if finder is None else [finder]), *ours(), begin], default_root_dir=tmp_path)
+    t = trainer([*([] if finder is None else [finder]), *all_callbacks(), begin], default_root_dir=tmp_path)
     t.fit(module)
     return module, begin
 
@@ -546,7 +524,7 @@ def test_a_search_before_the_first_epoch_is_one_in_full_precision(tmp_path):
             return super().training_step(batch, batch_idx)
 
     finder = LearningRateFinder(num_training_steps=12, early_stop_threshold=None)
-    trainer([finder, *ours()], default_root_dir=tmp_path).fit(Watched())
+    trainer([finder, *all_callbacks()], default_root_dir=tmp_path).fit(Watched())
     assert active == [False] * 12 + [True] * 16
 
 
@@ -562,7 +540,7 @@ def test_a_search_within_the_first_epoch_moves_scales_as_training_does(tmp_path)
             return super().training_step(batch, batch_idx)
 
     finder = InEpoch(min_lr=1e-3, max_lr=3.0, num_training_steps=24, early_stop_threshold=None)
-    trainer([finder, *ours()], default_root_dir=tmp_path, max_epochs=4).fit(Watched())
+    trainer([finder, *all_callbacks()], default_root_dir=tmp_path, max_epochs=4).fit(Watched())
     assert len(seen["on"]) == 24 + 4 * 8
     assert all(seen["on"])
     assert all(seen["positive"])
@@ -583,7 +561,7 @@ def test_the_summary_counts_each_parameter_once(depth, capsys, caplog):
     module = ConvModule()
     weights = sum(p.numel() for p in module.parameters())
     with caplog.at_level("INFO", "lightning.pytorch"):
-        trainer([*ours(), ModelSummary(depth)], max_steps=1, limit_val_batches=0).fit(module, Data())
+        trainer([*all_callbacks(), ModelSummary(depth)], max_steps=1, limit_val_batches=0).fit(module, Data())
     summary = summarize(module, max_depth=depth)
     assert summary.total_parameters == weights + 4 * 2  # a scale for each weight and each input
     assert summary.trainable_parameters == summary.total_parameters
@@ -596,7 +574,7 @@ def test_the_summary_counts_each_parameter_once(depth, capsys, caplog):
 
 def test_rich_summary_and_progress_bar(capsys):
     bar = RichProgressBar()
-    callbacks = [*ours(), RichModelSummary(2), bar]
+    callbacks = [*all_callbacks(), RichModelSummary(2), bar]
     trainer(callbacks, max_epochs=1, enable_progress_bar=True, enable_model_summary=True).fit(ConvModule(), Data())
     out = capsys.readouterr().out
     assert "QuantizedConv2d" in out
@@ -609,7 +587,7 @@ def test_pruning_is_refused_by_name():
     module = ConvModule()
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(MisconfigurationException, match=r"QuantizationAwareTraining.*ModelPruning"):
-        trainer([*ours(), ModelPruning("l1_unstructured", amount=0.5)]).fit(module, Data())
+        trainer([*all_callbacks(), ModelPruning("l1_unstructured", amount=0.5)]).fit(module, Data())
     assert_same(before, module.state_dict())
 
 
@@ -617,7 +595,7 @@ def test_a_network_pruned_before_keeps_its_mask():
     module = ConvModule()
     nn.utils.prune.l1_unstructured(module.point, "weight", amount=0.5)
     with pytest.warns(UserWarning, match="'point' computes its weight from other parameters"):
-        trainer(ours()).fit(module, Data())
+        trainer(all_callbacks()).fit(module, Data())
     assert module.point.weight_quantizer.calibrated
     assert (module.point.weight[module.point.weight_mask == 0] == 0).all()
 
@@ -626,7 +604,7 @@ def test_a_network_pruned_for_good_trains():
     module = ConvModule()
     nn.utils.prune.l1_unstructured(module.point, "weight", amount=0.5)
     nn.utils.prune.remove(module.point, "weight")
-    trainer(ours()).fit(module, Data())
+    trainer(all_callbacks()).fit(module, Data())
     assert module.point.weight_quantizer.calibrated
 
 
@@ -635,7 +613,7 @@ def test_a_network_pruned_for_good_trains():
 def test_monitors(kind, tmp_path):
     torch.manual_seed(2)
     plain = ConvModule(lr=0.3)
-    trainer(ours()).fit(plain, Data())
+    trainer(all_callbacks()).fit(plain, Data())
     if kind == "devices":
         pytest.importorskip("psutil")
     monitor = {
@@ -645,7 +623,7 @@ def test_monitors(kind, tmp_path):
     }[kind]()
     torch.manual_seed(2)
     module = ConvModule(lr=0.3)
-    trainer([*ours(), monitor], logger=CSVLogger(tmp_path), log_every_n_steps=4).fit(module, Data())
+    trainer([*all_callbacks(), monitor], logger=CSVLogger(tmp_path), log_every_n_steps=4).fit(module, Data())
     assert_same(snapshot(plain), snapshot(module))
 
 
@@ -665,7 +643,7 @@ def test_a_run_resumes_from_the_checkpoint_of_its_exception(tmp_path):
     def fit(*extra):
         torch.manual_seed(5)
         module = ConvModule(lr=0.3)
-        t = trainer([*ours(), *extra], max_epochs=4, enable_checkpointing=bool(extra))
+        t = trainer([*all_callbacks(), *extra], max_epochs=4, enable_checkpointing=bool(extra))
         t.fit(module, DataLoader(same, batch_size=8), loader(16))
         assert t.global_step == 32
         return module

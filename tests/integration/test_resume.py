@@ -3,15 +3,11 @@
 import lightning as L
 import pytest
 import torch
+from common import Order, all_callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import ConvModule, Data, dataset, loader, trainer
+from models import ConvModule, Data, loader, trainer
 
 from lightning_qat_osc import (
-    BatchNormReestimation,
-    IterativeFreezing,
-    OscillationDampening,
-    OscillationTracking,
-    QuantizationAwareTraining,
     oscillation_states,
 )
 
@@ -21,49 +17,11 @@ pytestmark = [
 ]
 
 
-class Order:
-    """Batches in an order of their own each epoch, in which a checkpoint finds its place again."""
-
-    def __init__(self):
-        self.data, self.epoch, self.position, self.resume_at = dataset(), 0, 0, 0
-        self.sampler = self
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __len__(self):
-        return 8
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.epoch)
-        order = torch.randperm(64, generator=generator).view(8, 8)
-        start, self.resume_at = self.resume_at, 0
-        for i in range(start, 8):
-            self.position = i + 1
-            yield self.data[order[i]]
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.resume_at = state["position"]
-
-
-def callbacks():
-    return [
-        QuantizationAwareTraining(2, 3, first_last_bits=None, scale_learning_rate=0.01),
-        OscillationTracking(momentum=0.1),
-        OscillationDampening(final_weight=1e-2),
-        IterativeFreezing(threshold=0.12, final_threshold=0.05),
-        BatchNormReestimation(num_batches=3),
-    ]
-
-
 def fit(path=None, ckpt_path=None, max_epochs=4, **kwargs):
     torch.manual_seed(11)
     module = ConvModule(lr=0.3)
     checkpoint = [] if path is None else [ModelCheckpoint(path, filename="stop", save_top_k=1, **kwargs)]
-    t = trainer([*callbacks(), *checkpoint], max_epochs=max_epochs, enable_checkpointing=bool(checkpoint))
+    t = trainer([*all_callbacks(), *checkpoint], max_epochs=max_epochs, enable_checkpointing=bool(checkpoint))
     t.fit(module, Order(), loader(16), ckpt_path=ckpt_path)
     return module, t
 
@@ -81,7 +39,7 @@ def stop_at(path, step):
                 raise KeyboardInterrupt
 
     torch.manual_seed(11)
-    t = trainer([*callbacks(), Crash()], max_epochs=4)
+    t = trainer([*all_callbacks(), Crash()], max_epochs=4)
     with pytest.raises(SystemExit):
         t.fit(ConvModule(lr=0.3), Order(), loader(16))
 
@@ -115,13 +73,13 @@ def test_resume_at_the_end_of_an_epoch(unbroken, tmp_path, epochs):
 
     torch.manual_seed(11)
     t = trainer(
-        [*callbacks(), ModelCheckpoint(tmp_path, filename="stop"), Crash()], max_epochs=4, enable_checkpointing=True
+        [*all_callbacks(), ModelCheckpoint(tmp_path, filename="stop"), Crash()], max_epochs=4, enable_checkpointing=True
     )
     with pytest.raises(SystemExit):
         t.fit(ConvModule(lr=0.3), Order(), loader(16))
     torch.manual_seed(99)
     resumed = ConvModule(lr=0.3)
-    trainer(callbacks(), max_epochs=4).fit(resumed, Order(), loader(16), ckpt_path=tmp_path / "stop.ckpt")
+    trainer(all_callbacks(), max_epochs=4).fit(resumed, Order(), loader(16), ckpt_path=tmp_path / "stop.ckpt")
     assert_same(unbroken, resumed)
 
 
@@ -130,7 +88,7 @@ def test_resume_in_mid_epoch(unbroken, tmp_path, step):
     stop_at(tmp_path, step)
     torch.manual_seed(99)
     resumed = ConvModule(lr=0.3)
-    t = trainer(callbacks(), max_epochs=4)
+    t = trainer(all_callbacks(), max_epochs=4)
     t.fit(resumed, Order(), loader(16), ckpt_path=tmp_path / "stop.ckpt")
     assert t.global_step == 32
     assert_same(unbroken, resumed)
@@ -145,13 +103,13 @@ def test_checkpoint_holds_only_what_weights_only_loading_takes(tmp_path):
 def test_evaluation_of_a_checkpoint_is_that_of_the_run(tmp_path):
     torch.manual_seed(11)
     module = ConvModule(lr=0.3)
-    t = trainer([*callbacks(), ModelCheckpoint(tmp_path, monitor="val_loss")], enable_checkpointing=True)
+    t = trainer([*all_callbacks(), ModelCheckpoint(tmp_path, monitor="val_loss")], enable_checkpointing=True)
     t.fit(module, Data())
     best = t.checkpoint_callback.best_model_score.item()
     loss = t.test(module, Data(), ckpt_path="best", verbose=False)[0]["test_loss"]
     assert loss == pytest.approx(best, rel=1e-5)
     other = ConvModule(lr=0.3)
-    same = [*callbacks(), ModelCheckpoint(tmp_path, monitor="val_loss")]
+    same = [*all_callbacks(), ModelCheckpoint(tmp_path, monitor="val_loss")]
     fresh = trainer(same, enable_checkpointing=True).test(
         other, Data(), ckpt_path=t.checkpoint_callback.best_model_path, verbose=False
     )

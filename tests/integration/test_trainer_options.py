@@ -6,6 +6,7 @@ import time
 import lightning as L
 import pytest
 import torch
+from common import all_callbacks, assert_same, snapshot
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
@@ -27,34 +28,10 @@ from lightning_qat_osc import (
 pytestmark = pytest.mark.filterwarnings("ignore:.*below twice the momentum.*")
 
 
-def ours():
-    return [
-        QuantizationAwareTraining(2, 3, first_last_bits=None, scale_learning_rate=0.01),
-        OscillationTracking(momentum=0.1),
-        OscillationDampening(final_weight=1e-2),
-        IterativeFreezing(threshold=0.12, final_threshold=0.05),
-        BatchNormReestimation(num_batches=3),
-    ]
-
-
-def snapshot(module):
-    """Everything that a run leaves behind in a module, by name."""
-    state = {name: value.clone() for name, value in module.state_dict().items()}
-    for name, states in oscillation_states(module).items():
-        state |= {f"{name}.{key}": value.clone() for key, value in states.state_dict().items()}
-    return state
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
-
-
 def fit(module=None, *data, extra=(), **kwargs):
     torch.manual_seed(3)
     module = ConvModule(lr=0.3) if module is None else module
-    t = trainer([*ours(), *extra], **kwargs)
+    t = trainer([*all_callbacks(), *extra], **kwargs)
     t.fit(module, *(data or (Data(),)))
     return module, t
 
@@ -189,7 +166,7 @@ def test_overfitting_calibrates_and_trains_on_the_same_batches(batches):
 @pytest.mark.parametrize("limit", [1, 0.5, 0])
 def test_limited_tests(limit):
     module, _ = fit()
-    t = trainer(ours(), limit_test_batches=limit, limit_predict_batches=limit)
+    t = trainer(all_callbacks(), limit_test_batches=limit, limit_predict_batches=limit)
     results = t.test(module, Data(), verbose=False)
     assert [set(result) for result in results] == ([{"test_loss"}] if limit else [])
     assert len(t.predict(module, Data()) or []) == (1 if limit else 0)
@@ -219,7 +196,7 @@ def test_barebones_runs_without_a_log():
         def validation_step(self, batch, batch_idx):
             self(batch[0])
 
-    callbacks = ours()
+    callbacks = all_callbacks()
     callbacks[-1] = BatchNormReestimation(num_batches=3, log_divergence=True)
     torch.manual_seed(3)
     module = Silent(lr=0.3)
@@ -250,7 +227,10 @@ class Stream(IterableDataset):
 
 def test_a_stream_needs_to_be_told_its_end_before_the_first_step():
     module = ConvModule(lr=0.3)
-    for callbacks, what in ((ours(), "dampening weight"), ([*ours()[:2], ours()[3]], "freezing threshold")):
+    for callbacks, what in (
+        (all_callbacks(), "dampening weight"),
+        ([*all_callbacks()[:2], all_callbacks()[3]], "freezing threshold"),
+    ):
         t = trainer(callbacks)
         with pytest.raises(MisconfigurationException, match=rf"The {what}.*max_steps=.*limit_train_batches="):
             t.fit(module, DataLoader(Stream(), batch_size=8), loader(16))
@@ -269,7 +249,7 @@ def test_a_stream_that_is_told_its_end_trains_as_a_loader_with_a_length(options,
 
 def test_a_stream_without_schedules_needs_no_end():
     torch.manual_seed(3)
-    callbacks = ours()
+    callbacks = all_callbacks()
     callbacks[2] = OscillationDampening(final_weight=1e-2, initial_weight=1e-2)
     callbacks[3] = IterativeFreezing(threshold=0.2)
     t = trainer(callbacks)
@@ -320,7 +300,7 @@ def test_a_combined_loader_serves_reestimation_outside_fit():
     module, _ = fit(Several(lr=0.1), Combined())
     mean = module.bn1.running_mean.clone()
     module.bn1.reset_running_stats()
-    trainer(ours()).test(module, Combined(), verbose=False)
+    trainer(all_callbacks()).test(module, Combined(), verbose=False)
     assert torch.allclose(module.bn1.running_mean, mean)  # the same batches as at the end of fit
 
 
@@ -376,10 +356,10 @@ def test_a_second_insertion_is_refused_in_setup_where_lightning_lets_it_pass():
 
     module = ConvModule()
     with pytest.raises(MisconfigurationException, match="only one QuantizationAwareTraining"):
-        trainer([*ours(), Mine(2, 3)]).fit(module, Data())
+        trainer([*all_callbacks(), Mine(2, 3)]).fit(module, Data())
     assert not hasattr(module.stem, "weight_quantizer")
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `QuantizationAwareTraining`"):
-        trainer([*ours(), *ours()[:1]])
+        trainer([*all_callbacks(), *all_callbacks()[:1]])
 
 
 @pytest.mark.parametrize("late", [OscillationTracking, OscillationDampening, IterativeFreezing, BatchNormReestimation])
@@ -416,7 +396,7 @@ def test_a_loss_that_is_nan_is_told_and_nothing_of_it_evaluated_or_saved(tmp_pat
 
     evaluated, checkpoint = Evaluated(), ModelCheckpoint(tmp_path, save_last=True)
     torch.manual_seed(3)
-    t = trainer([*ours(), evaluated, checkpoint], log_every_n_steps=every, enable_checkpointing=True)
+    t = trainer([*all_callbacks(), evaluated, checkpoint], log_every_n_steps=every, enable_checkpointing=True)
     with pytest.raises(MisconfigurationException, match=f"not finite after optimizer step {found}: a loss"):
         t.fit(NanAt(step, value), Data())
     if every > 0:
@@ -437,7 +417,7 @@ def test_nan_is_found_ahead_of_a_validation_or_checkpoint_in_mid_epoch(tmp_path,
 
     evaluated, checkpoint = Evaluated(), ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
     options = {"val_check_interval": 3} if first == "validation" else {}
-    t = trainer([*ours(), evaluated, checkpoint], enable_checkpointing=True, num_sanity_val_steps=0, **options)
+    t = trainer([*all_callbacks(), evaluated, checkpoint], enable_checkpointing=True, num_sanity_val_steps=0, **options)
     with pytest.raises(MisconfigurationException, match="not finite after optimizer step 6: a loss"):
         t.fit(NanAt(4), Data())
     assert evaluated.steps == ((3,) if first == "validation" else ())
