@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 from calibrated import calibrated
+from marks import needs_torchao
 from sessions import assert_close
 from test_onnx import CrossAttention, Words, images, network, outputs
 from torch import nn
@@ -134,13 +135,14 @@ def classifier():
 
 
 def lowered(model, x):
-    lowering = pytest.importorskip("torchao.quantization.pt2e.lowering")
+    lowering = importlib.import_module("torchao.quantization.pt2e.lowering")
     importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")  # registers what it matches
     with torch.no_grad():
         program = export_program(model, x, dynamic_batch=False)
         return lowering.lower_pt2e_quantized_to_x86(program.module(), (copy.deepcopy(x),))
 
 
+@needs_torchao
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 4), (2, 3)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from calibrated import calibrated
+from marks import needs_torchao
 from sessions import assert_close
 from test_onnx import Attention, Words, images, network, outputs
 from torch import nn
@@ -12,12 +13,10 @@ from torch import nn
 from lightning_qat_osc.export import integer_weights
 from lightning_qat_osc.export.torchao import convert_to_torchao
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def _torchao():
-    pytest.importorskip("torchao")
+pytestmark = [
+    needs_torchao,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
