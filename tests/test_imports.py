@@ -30,7 +30,7 @@ FLOORS = [
     {"export.formats"},
     {"export", "export.comparison"},
     {
-        "callbacks._training_batches",
+        "callbacks._random_numbers",
         "callbacks._optimizer_steps",
         "callbacks._scale_updates",
         "callbacks._frozen_weights",
@@ -38,7 +38,8 @@ FLOORS = [
         "callbacks._unsupported",
         "callbacks._optimizer_weights",
     },
-    {"callbacks._training_passes", "callbacks._sharded_restore"},
+    {"callbacks._loader_copies", "callbacks._training_passes", "callbacks._sharded_restore"},
+    {"callbacks._training_batches"},
     {"callbacks._range_initialisation"},
     {"callbacks.quantization_aware_training"},
     {"callbacks._requirements"},

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import random
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from typing import Any, cast
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,8 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_qat_osc.batch_norm import batch_norm_layers
-from lightning_qat_osc.callbacks._training_batches import SEED
+from lightning_qat_osc.callbacks._random_numbers import fixed_random_numbers, generators_in, seeded
 from lightning_qat_osc.modes import evaluating
 from lightning_qat_osc.sharding import reshard
 
@@ -55,24 +52,6 @@ class _QuietTrainer:
 
 
 @contextmanager
-def _fixed_rng(seed: int) -> Iterator[None]:
-    """Seed every generator that a data pipeline may use, and put all of them back."""
-    python, numpy = random.getstate(), np.random.get_state()
-    # torch.manual_seed reaches every device
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device_type = "cuda" if accelerator is None else accelerator.type
-    with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=device_type):
-        try:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@contextmanager
 def _working_copy(metric: Metric) -> Iterator[None]:
     """Let a metric work on copies of its states, and put these and its other attributes back."""
     attributes = dict(vars(metric))
@@ -88,13 +67,12 @@ def _working_copy(metric: Metric) -> Iterator[None]:
 
 
 @contextmanager
-def _restored_state(module: torch.nn.Module) -> Iterator[None]:
-    """Put back metrics and all buffers but batch-norm statistics, of which re-estimation takes care."""
-    norms = set(batch_norm_layers(module).values())
+def _restored_state(module: torch.nn.Module, but: Collection[torch.nn.Module]) -> Iterator[None]:
+    """Put back metrics and all buffers but those of some layers."""
     buffers = [
         (m, name, b, None if b is None else b.clone())
         for m in module.modules()
-        if m not in norms
+        if m not in but
         for name, b in m._buffers.items()
     ]
     versions = [(name, p, p._version) for name, p in module.named_parameters()]
@@ -137,15 +115,25 @@ def eagerly() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def without_side_effects(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Run forward passes in evaluation mode and eagerly; no log, random number, buffer or metric notices."""
+def without_side_effects(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, estimated: Collection[torch.nn.Module] = ()
+) -> Iterator[None]:
+    """Run forward passes in evaluation mode and eagerly; no log, random number, buffer or metric notices.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+        estimated: Batch-norm layers whose statistics the passes are for, which keep what they are set to.
+    """
     # validation may run in inference mode, whose tensors training could not use again
     modes = torch.inference_mode(False), torch.no_grad()
     silent = _ignored(r".*You are trying to `self.log\(\)`.*", ".*does not have many workers.*")
-    with modes[0], modes[1], _fixed_rng(SEED), _restored_state(pl_module), eagerly(), silent:
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    owners = [pl_module] if datamodule is None else [pl_module, datamodule]
+    own_generators = seeded(generators_in([vars(owner) for owner in (*pl_module.modules(), *owners[1:])]))
+    state = _restored_state(pl_module, set(estimated))
+    with modes[0], modes[1], fixed_random_numbers(), own_generators, state, eagerly(), silent:
         quiet: Any = _QuietTrainer(trainer)
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        owners = [pl_module] if datamodule is None else [pl_module, datamodule]
         for owner in owners:
             owner.trainer = quiet
         try:

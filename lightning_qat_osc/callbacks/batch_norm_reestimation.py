@@ -131,7 +131,7 @@ class BatchNormReestimation(pl.Callback):
             return {}
         forward = training_pass(trainer, pl_module, self.forward_fn)
         batches = training_batches(trainer, pl_module, self.num_batches)
-        with without_side_effects(trainer, pl_module), closing(batches):
+        with without_side_effects(trainer, pl_module, self._trained.values()), closing(batches):
             first = next(batches, None)
             if first is None:
                 rank_zero_warn(

@@ -2,6 +2,8 @@
 
 import random
 import warnings
+from itertools import chain, islice
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -11,10 +13,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import ConvModule, Data, dataset, loader, trainer
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    random_split,
+)
 from torchmetrics import MeanMetric, MinMaxMetric
 
 from lightning_qat_osc import BatchNormReestimation, QuantizationAwareTraining
+from lightning_qat_osc.callbacks._training_batches import _share_of_rank
 
 
 def callbacks():
@@ -139,6 +151,215 @@ def test_a_sampler_that_counts_its_epochs_goes_on_as_without_passes(own, workers
         runs.append(module.seen)
     assert len(runs[0]) == 16
     assert runs[0] == runs[1]
+
+
+class Buckets:
+    """Shuffles its own list, as bucket samplers do."""
+
+    def __init__(self):
+        self.buckets = [list(range(i, i + 8)) for i in range(0, 64, 8)]
+
+    def __iter__(self):
+        random.shuffle(self.buckets)
+        return iter(self.buckets)
+
+    def __len__(self):
+        return 8
+
+
+class Files(IterableDataset):
+    """Shuffles its own list of more entries than a sampler of buckets has."""
+
+    def __init__(self):
+        self.samples, self.order = dataset(80), list(range(80))
+
+    def __iter__(self):
+        random.shuffle(self.order)
+        return (self.samples[i] for i in self.order)
+
+
+class Order(Sampler):
+    """Shuffles an array in place."""
+
+    def __init__(self):
+        self.order = np.arange(64)
+
+    def __iter__(self):
+        np.random.shuffle(self.order)
+        for i in range(64):
+            yield int(self.order[i])
+
+    def __len__(self):
+        return 64
+
+
+class Around:
+    """A loader around others."""
+
+    def __init__(self, *loaders):
+        self.inner = list(loaders)
+
+    def __iter__(self):
+        for each in self.inner:
+            yield from each
+
+    def __len__(self):
+        return sum(map(len, self.inner))
+
+
+class Endless(DataLoader):
+    """Goes on with one iterator for good, as loaders that keep their workers do."""
+
+    class Repeated:
+        def __init__(self, batches):
+            self.batches = batches
+
+        def __iter__(self):
+            while True:
+                yield from self.batches
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        object.__setattr__(self, "batch_sampler", self.Repeated(self.batch_sampler))
+        self.iterator = super().__iter__()
+
+    def __iter__(self):
+        for _ in range(8):
+            yield next(self.iterator)
+
+    def __len__(self):
+        return 8
+
+
+class Held(Dataset):
+    """Keeps what draws its noise in an object of a list."""
+
+    def __init__(self):
+        self.clean, self.transforms = dataset(64), [Augmented(np.random.default_rng(1))]
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        x, y = self.clean[i]
+        return x + 0.01 * drawn(self.transforms[0].rng, 8)[0], y
+
+
+LOADERS = {
+    "batch sampler": lambda: DataLoader(dataset(), batch_sampler=Buckets()),
+    "sampler of an array": lambda: DataLoader(dataset(), 8, sampler=Order()),
+    "stream": lambda: DataLoader(Files(), 8),
+    "loader around a generator": lambda: Around(
+        DataLoader(dataset(), 8, shuffle=True, generator=torch.Generator().manual_seed(3))
+    ),
+    "loader around workers": lambda: Around(DataLoader(dataset(), 8, num_workers=1, persistent_workers=True)),
+    "one iterator": lambda: Endless(dataset(), 8, shuffle=True),
+    "generators inside of a dataset": lambda: DataLoader(ConcatDataset([Held()]), 8),
+}
+
+
+@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS.keys())
+def test_loaders_give_training_the_same_batches_as_without_passes(make):
+    seen = []
+    for some in ([], callbacks()):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        module = Seen()
+        kwargs = {"max_epochs": 2, "limit_train_batches": 8, "val_check_interval": 3, "num_sanity_val_steps": 0}
+        trainer(some, **kwargs).fit(module, make(), loader(32, 16))
+        seen.append(module.seen)
+    assert len(seen[0]) == 16
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("batches", [5, 6, 100])
+@pytest.mark.parametrize("num_batches", [1, 2, 50])
+def test_outside_fit_ranks_take_as_many_batches_each_and_none_twice(batches, num_batches):
+    taken = []
+    for rank in range(3):
+        share = _share_of_rank(SimpleNamespace(world_size=3, global_rank=rank), [range(2), range(batches)], num_batches)
+        taken.append(list(islice(range(batches), share.start, share.stop, share.step)))
+    assert {len(own) for own in taken} == {min(num_batches, batches // 3)}
+    assert len(set(chain(*taken))) == len(list(chain(*taken)))
+
+
+def test_outside_fit_ranks_share_what_is_too_little_for_all():
+    shares = [_share_of_rank(SimpleNamespace(world_size=3, global_rank=r), [range(2)], 5) for r in range(3)]
+    assert shares == [slice(5)] * 3
+
+
+def test_generators_of_modules_and_data_modules_go_on_as_without_passes():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drawing = {"noise": torch.Generator().manual_seed(2)}
+
+    class Mixes(ConvModule):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.losses = Inner(), []
+
+        def training_step(self, batch, batch_idx):
+            share = torch.rand((), generator=self.inner.drawing["noise"])
+            x = share * batch[0] + (1 - share) * batch[0].flip(0)
+            return F.cross_entropy(self(x), batch[1])
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.losses.append(outputs["loss"].item())
+
+    class Augments(Data):
+        def __init__(self):
+            super().__init__()
+            self.rng = random.Random(5)
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return (batch[0] * self.rng.random(), batch[1]) if self.trainer.training else batch
+
+    runs = []
+    for some in ([], [BatchNormReestimation(3)]):
+        torch.manual_seed(0)
+        module = Mixes()
+        trainer([QuantizationAwareTraining(3, 3), *some], max_epochs=2).fit(module, Augments())
+        runs.append(module.losses)
+    assert runs[0] == runs[1]
+
+
+def test_calibration_leaves_statistics_as_they_are_where_a_training_step_sets_modes():
+    class Labels(ConvModule):
+        def training_step(self, batch, batch_idx):
+            self.eval()
+            self.train()
+            return super().training_step(batch, batch_idx)
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.mean, self.count = pl_module.bn1.running_mean.clone(), pl_module.bn1.num_batches_tracked.item()
+
+    module, look = Labels(), Look()
+    trainer([], max_epochs=1).fit(module, Data())
+    mean, count = module.bn1.running_mean.clone(), module.bn1.num_batches_tracked.item()
+    trainer([QuantizationAwareTraining(3, 3), look], max_epochs=1).fit(module, Data())
+    assert look.count == count
+    assert torch.equal(look.mean, mean)
+
+
+def test_a_data_module_keeps_the_split_that_it_has_made():
+    class Split(Data):
+        def setup(self, stage):
+            if stage == "fit":
+                self.parts = random_split(dataset(), [48, 16])
+
+        def train_dataloader(self):
+            return DataLoader(self.parts[0], 8)
+
+    data, module = Split(), ConvModule()
+    t = trainer(callbacks(), max_epochs=1)
+    t.fit(module, data)
+    parts, mean = data.parts, module.bn1.running_mean.clone()
+    t.test(module, data, verbose=False)
+    assert data.parts is parts
+    assert not torch.equal(module.bn1.running_mean, mean)  # of another split
 
 
 def test_a_dataset_that_can_be_iterated_once_is_refused():
