@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -67,13 +67,20 @@ class Calibrator:
     Args:
         module: A model with quantizers.
         config: What was asked of :func:`~lightning_qat_osc.quantize_model`.
+        optimized: The parameters that optimizers have, for which those that want a gradient stand in if there are none.
+            An average or a target network may want gradients that nobody uses.
     """
 
-    def __init__(self, module: nn.Module, config: QuantConfig) -> None:
+    def __init__(self, module: nn.Module, config: QuantConfig, optimized: Iterable[Tensor] = ()) -> None:
         self._config = config
         self._layers = quantizable_layers(module)
+        ids = set(map(id, optimized))
         # the first and last layer are the model's, not those of a frozen teacher or loss network beside it
-        trainable = {n for n, layer in self._layers.items() if any(p.requires_grad for p in own_parameters(layer))}
+        trainable = {
+            name
+            for name, layer in self._layers.items()
+            if any(p.requires_grad and (not ids or id(p) in ids) for p in own_parameters(layer))
+        }
         self._trainable = trainable or set(self._layers)
         self._observed: dict[tuple[str, str], _Observed] = {}  # by layer and argument
         self._called: dict[str, None] = {}  # in the order of first calls
@@ -151,9 +158,9 @@ class Calibrator:
         if distributed and dist.get_world_size() > 1:
             self._gather()
         copies = untrained_copies(self._layers, self._trainable)
-        words = []
+        words: list[str] = []
         if self._followed and not distributed:  # DDP has to be told of teachers before it waits for them
-            words += self._of_teachers(flow.arrived | {_child(name) for name in copies})
+            words += self._of_teachers(flow.arrived, copies)
         if self._config.first_last_bits is not None:
             words += self._set_first_last_bits(self._config.first_last_bits)
         words += [
@@ -179,17 +186,30 @@ class Calibrator:
             x.take_over(other)
         return words
 
-    def _of_teachers(self, others: Collection[str]) -> list[str]:
-        """A sentence on layers that nobody trains, but for those of ``others``, backbones and copies."""
-        fixed = [name for name in self._called if name not in self._trainable and _child(name) not in others]
-        quantized = [name for name in fixed if isinstance(self._layers[name], QuantizedLayer)]
-        if not quantized:
-            return []
-        return [
-            f"Nothing that is trained follows {', '.join(quantized[:5])}, which are quantized and not trained. If they "
-            "are of a teacher or a loss network, whose outputs are to stay as they are, leave them in full precision "
-            f"with LayerRule(pattern='{quantized[0]}', weight_bits=None, activation_bits=None)."
+    def _of_teachers(self, backbones: Collection[str], copies: Collection[str]) -> Iterator[str]:
+        """A sentence on layers that nobody trains, but for those of backbones, and one on copies of trained layers."""
+        fixed = [
+            name
+            for name in self._called
+            if name not in self._trainable
+            and _child(name) not in backbones
+            and isinstance(self._layers[name], QuantizedLayer)
         ]
+        followers = [name for name in fixed if name in copies]
+        others = [name for name in fixed if _child(name) not in {_child(follower) for follower in followers}]
+        leave_out = "in full precision with LayerRule(pattern='{}', weight_bits=None, activation_bits=None)."
+        if others:
+            yield (
+                f"Nothing that is trained follows {', '.join(others[:5])}, which are quantized and not trained. If "
+                "they are of a teacher or a loss network, whose outputs are to stay as they are, leave them "
+                f"{leave_out.format(others[0])}"
+            )
+        if followers:
+            yield (
+                f"{', '.join(followers[:5])} compute in training and are copies of layers that are trained, and "
+                "quantized like these. A moving average or a target network is to be; leave a fixed teacher "
+                f"{leave_out.format(followers[0])}"
+            )
 
     def _check_recomputation(self) -> None:
         """Refuse to make a weight again that its layer changes where autograd does not see it.

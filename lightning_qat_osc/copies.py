@@ -48,10 +48,21 @@ def untrained_copies(layers: Mapping[str, nn.Module], trained: Collection[str]) 
             originals.setdefault(_structure(network), []).append(prefix)
     copies: dict[str, str] = {}
     for prefix, network in networks.items():
-        for original in originals.get(_structure(network), []) if not is_trained[prefix] else ():
-            if not _in_one_container(prefix, original) and _are_near(network, networks[original]):
+        if is_trained[prefix]:
+            continue
+        structure = _structure(network)
+        candidates = [
+            (f"{original}.", networks[original])
+            for original in originals.get(structure, [])
+            if not _in_one_container(prefix, original)
+        ]
+        beside = {name: layers[name] for name in network if name in layers}  # the model itself, without its copy
+        if len(beside) > 1 and _structure(beside) == structure and not beside.keys().isdisjoint(trained):
+            candidates.append(("", beside))
+        for original, its in candidates:
+            if _are_near(network, its):
                 for name in network:
-                    copies.setdefault(f"{prefix}.{name}", f"{original}.{name}")
+                    copies.setdefault(f"{prefix}.{name}", f"{original}{name}")
                 break
     return copies
 

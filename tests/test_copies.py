@@ -35,13 +35,13 @@ def data(n=64):
 class Base(L.LightningModule):
     """A network, and ``other`` beside it."""
 
-    def __init__(self, other=None):
+    def __init__(self, other=None, *, requires_grad=False):
         super().__init__()
         torch.manual_seed(0)
         self.net = network()
         if other is not None:
             self.other = other(self.net)
-            self.other.requires_grad_(False)
+            self.other.requires_grad_(requires_grad)
 
     def training_step(self, batch, batch_idx):
         return (self.net(batch[0]) - batch[1]).square().mean()
@@ -89,10 +89,48 @@ def test_an_average_that_training_does_not_call(other):
     assert (module.other(x) - module.net(x)).abs().mean() < 0.1 * module.net(x).abs().mean()
 
 
-def test_a_copy_that_is_called():
-    module = Taught(copy.deepcopy)
-    trainer([QuantizationAwareTraining(4, 8)], max_epochs=1, limit_val_batches=0).fit(module, data())
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_copy_that_is_called(requires_grad):
+    module = Taught(copy.deepcopy, requires_grad=requires_grad)
+    words = r"other\.0, other\.2, other\.4 compute in training and are copies .*LayerRule\(pattern='other\.0'"
+    with pytest.warns(UserWarning, match=words):
+        trainer([QuantizationAwareTraining(4, 8)], max_epochs=1, limit_val_batches=0).fit(module, data())
+    assert [q.bits for q in quantizers(module.net)] == [8, None, 4, 8, 8, 8]
     assert grids(module.other) == grids(module.net)
+
+
+def test_an_average_that_wants_gradients_is_no_part_of_the_network():
+    module = Averages(average, requires_grad=True)
+    trainer([QuantizationAwareTraining(4, 8)], max_epochs=2, limit_val_batches=0).fit(module, data())
+    assert [q.bits for q in quantizers(module.net)] == [8, None, 4, 8, 8, 8]
+    assert grids(module.other) == grids(module.net)
+
+
+class Whole(Base):
+    """Layers of its own, and a copy of all of itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_module("first", nn.Linear(8, 8))
+        self.average = copy.deepcopy(self).requires_grad_(False)
+
+    def forward(self, x):
+        return self.net(self.first(x))
+
+    def training_step(self, batch, batch_idx):
+        return (self(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+
+def test_a_copy_of_the_whole_module():
+    module = Whole()
+    trainer([QuantizationAwareTraining(4, 8)], max_epochs=1, limit_val_batches=0).fit(module, data())
+    own = [*module.net.modules(), *module.first.modules()]
+    grid = {name: grids(layer) for name, layer in module.named_modules() if layer in own and hasattr(layer, "weight")}
+    assert len(grid) == 4
+    assert {name: grids(module.average.get_submodule(name)) for name in grid} == grid
 
 
 def test_a_teacher_of_the_same_architecture_is_no_copy():
@@ -166,17 +204,18 @@ def test_a_copy_with_a_tied_weight(called):
     with torch.no_grad(), calibrator.observe():
         for name in ("net", "average") if called else ("net",):
             model[name](torch.arange(8))
-    assert calibrator.finish() == []
+    words = calibrator.finish()
+    assert [word.split(" compute")[0] for word in words] == ["average.embedding, average.middle, average.head"] * called
     assert grids(model["average"]) == grids(model["net"])
 
 
 def test_figures_are_of_the_weights_that_are_trained():
     logged = []
-    for other in (None, copy.deepcopy):
+    for other, requires_grad in ((None, False), (copy.deepcopy, False), (copy.deepcopy, True)):
         torch.manual_seed(1)
         callbacks = [QuantizationAwareTraining(3, 3), OscillationTracking(momentum=0.05), OscillationDampening()]
         t = trainer(callbacks, max_epochs=10, log_every_n_steps=1, limit_val_batches=0)
-        t.fit(Base(other), data())
+        t.fit(Base(other, requires_grad=requires_grad), data())
         logged.append({k: v.item() for k, v in t.callback_metrics.items() if k.startswith("oscillation/")})
-    assert logged[0] == logged[1]
+    assert logged[0] == logged[1] == logged[2]
     assert logged[0]["oscillation/dampening_loss"] > 0.0

@@ -1,15 +1,33 @@
-"""The low-bit weights of each optimizer."""
+"""What optimizers have: their parameters, and the low-bit weights of each."""
 
 from __future__ import annotations
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_qat_osc.lookup import is_quantized, quantized_layers, weights_with_quantizers
+from lightning_qat_osc.lookup import (
+    QuantizedWeight,
+    is_quantized,
+    quantized_layers,
+    quantized_weights,
+    weights_with_quantizers,
+)
 from lightning_qat_osc.sweep import WeightBatch, in_batches
 
-__all__ = ["OptimizerWeights"]
+__all__ = ["OptimizerWeights", "optimized_parameters", "trained_weights"]
+
+
+def optimized_parameters(trainer: pl.Trainer) -> list[Tensor]:
+    """The parameters that the Trainer's optimizers have."""
+    return [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def trained_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, max_bits: int) -> list[QuantizedWeight]:
+    """The low-bit weights that an optimizer of the Trainer moves: not those of an average or of a frozen backbone."""
+    ids = set(map(id, optimized_parameters(trainer)))
+    return [w for w in quantized_weights(pl_module, max_bits) if w.weight.requires_grad and id(w.weight) in ids]
 
 
 class OptimizerWeights:

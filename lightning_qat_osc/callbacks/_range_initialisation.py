@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_qat_osc.batch_norm import batch_norm_layers, batch_statistics
 from lightning_qat_osc.calibration import Calibrator
+from lightning_qat_osc.callbacks._optimizer_weights import optimized_parameters
 from lightning_qat_osc.callbacks._training_batches import training_batches
 from lightning_qat_osc.callbacks._training_passes import ForwardFn, eagerly, training_pass, without_side_effects
 from lightning_qat_osc.config import QuantConfig
@@ -42,7 +43,7 @@ def initialise_ranges(
     Raises:
         MisconfigurationException: If there is no training batch, or the loss is NaN for each of them.
     """
-    calibrator = Calibrator(pl_module, config)
+    calibrator = Calibrator(pl_module, config, optimized_parameters(trainer))
     forward = training_pass(trainer, pl_module, forward_fn)
     count, losses = 0, []
     # before its first step the running statistics of a new network are no estimate of anything
@@ -68,12 +69,13 @@ class WatchedSteps:
     """Training steps, in full precision, that a module's ranges are set from: where none can be run ahead of training.
 
     Args:
+        trainer: The Trainer.
         pl_module: The quantized module, which is watched from now on.
         config: What is quantized.
     """
 
-    def __init__(self, pl_module: pl.LightningModule, config: QuantConfig) -> None:
-        self._calibrator = Calibrator(pl_module, config)
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, config: QuantConfig) -> None:
+        self._calibrator = Calibrator(pl_module, config, optimized_parameters(trainer))
         self._watching = ExitStack()
         self._watching.enter_context(eagerly())
         self._watching.enter_context(self._calibrator.observe(weights=False))

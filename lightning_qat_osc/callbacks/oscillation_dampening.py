@@ -10,12 +10,11 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
-from lightning_qat_osc.callbacks._optimizer_weights import OptimizerWeights
+from lightning_qat_osc.callbacks._optimizer_weights import OptimizerWeights, trained_weights
 from lightning_qat_osc.callbacks._progress import is_log_step, run_length, run_step
 from lightning_qat_osc.callbacks._requirements import require_one, require_quantization, warn_if_nothing_oscillates
 from lightning_qat_osc.callbacks.iterative_freezing import IterativeFreezing
 from lightning_qat_osc.checks import check_bits, check_choice, check_number
-from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.regularizers import Aggregation, dampening_loss
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
 from lightning_qat_osc.sharding import whole
@@ -112,8 +111,7 @@ class OscillationDampening(pl.Callback):
             return
         losses = [
             dampening_loss(weight, q.scale, q.quant_min, q.quant_max, self.aggregation)
-            for _, weight, q in quantized_weights(pl_module, self.max_bits)
-            if weight.requires_grad
+            for _, weight, q in trained_weights(trainer, pl_module, self.max_bits)
         ]
         pl_module.log("oscillation/dampening_weight", self._weight)
         if losses:

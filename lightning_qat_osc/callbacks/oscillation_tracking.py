@@ -7,9 +7,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lightning_qat_osc.callbacks._optimizer_weights import trained_weights
 from lightning_qat_osc.callbacks._progress import is_log_step
 from lightning_qat_osc.callbacks._tracks_oscillation import TracksOscillation
-from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.metrics import FrozenShare, OscillatingShare, OscillationFrequency
 
 __all__ = ["OscillationTracking"]
@@ -42,17 +42,17 @@ class OscillationTracking(TracksOscillation):
     ) -> None:
         """Log the figures at the steps that the loggers take."""
         if is_log_step(trainer):
-            self._log(pl_module, on_step=True)
+            self._log(trainer, pl_module, on_step=True)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the figures for callbacks that look at the end of validation."""
         if trainer.barebones:
             return
         if trainer.training or (trainer.validating and trainer.state.fn == "fit" and not trainer.sanity_checking):
-            self._log(pl_module, on_step=False)
+            self._log(trainer, pl_module, on_step=False)
 
-    def _log(self, pl_module: pl.LightningModule, *, on_step: bool) -> None:
-        weights = [w for w in quantized_weights(pl_module, self.max_bits) if w.weight.requires_grad]
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, on_step: bool) -> None:
+        weights = trained_weights(trainer, pl_module, self.max_bits)
         states = {w.name: w.quantizer.oscillation for w in weights if w.quantizer.oscillation is not None}
         if not states:
             return

@@ -231,7 +231,7 @@ class QuantizationAwareTraining(pl.Callback):
         if all(q.calibrated for q in quantizers(pl_module) if q.bits is not None):
             return
         if self.forward_fn is None and not can_run_training_step(pl_module):
-            self._watched = WatchedSteps(pl_module, self.config)
+            self._watched = WatchedSteps(trainer, pl_module, self.config)
             return
         initialise_ranges(trainer, pl_module, self.config, self.calibration_batches, self.forward_fn)
         self._show_plan(pl_module)
