@@ -102,42 +102,9 @@ class QuantizedLayer(nn.Module):
             name = next(iter(substitutes)) if substitutes else weight_names(self)[0]
             substitutes[name] = substitutes.get(name, getattr(self, name)) + 0.0 * sum(idle)
         if not recipes:
-            return self._forward_with(substitutes, args, kwargs)
+            return _forward_with(self, substitutes, args, kwargs)
         with recomputed(recipes):
-            return self._forward_with(substitutes, args, kwargs)
-
-    def _forward_with(self, substitutes: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer's own forward, which reads quantized weights."""
-        latent = self._parameters
-        if torch.compiler.is_compiling() and all(name in latent for name in substitutes):
-            self._parameters = {**latent, **substitutes}  # torch 2.9 traces no change of __dict__
-            try:
-                return self._run(args, kwargs)
-            finally:
-                self._parameters = latent
-        # an instance attribute comes before nn.Module's look-up of the parameter of that name
-        before = {name: self.__dict__[name] for name in substitutes if name in self.__dict__}
-        self.__dict__.update(substitutes)
-        try:
-            return self._run(args, kwargs)
-        finally:
-            for name in substitutes:
-                del self.__dict__[name]
-            self.__dict__.update(before)
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(self, nn.RNNBase):
-            return self._recurrent_forward(*args, **kwargs)
-        return self.float_forward(*args, **kwargs)
-
-    def _recurrent_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """A recurrent layer keeps a list of its weights, and reads that."""
-        latent = self.__dict__["_flat_weights"]
-        self.__dict__["_flat_weights"] = [getattr(self, name) for name in cast(Any, self)._flat_weights_names]
-        try:
-            return self.float_forward(*args, **kwargs)
-        finally:
-            self.__dict__["_flat_weights"] = latent
+            return _forward_with(self, substitutes, args, kwargs)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *keys_and_errors: list[str]
@@ -166,6 +133,44 @@ class QuantizedLayer(nn.Module):
         """Pickle by the layer's own class: the quantized one is made at run time."""
         state = cast(tuple[Any, ...], super().__reduce_ex__(max(protocol, 2)))[2]
         return _new_quantized, (self.float_class,), state
+
+
+def _forward_with(
+    layer: QuantizedLayer, substitutes: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The layer's own forward, which reads quantized weights."""
+    latent = layer._parameters
+    if torch.compiler.is_compiling() and all(name in latent for name in substitutes):
+        layer._parameters = {**latent, **substitutes}  # torch 2.9 traces no change of __dict__
+        try:
+            return _run(layer, args, kwargs)
+        finally:
+            layer._parameters = latent
+    # an instance attribute comes before nn.Module's look-up of the parameter of that name
+    before = {name: layer.__dict__[name] for name in substitutes if name in layer.__dict__}
+    layer.__dict__.update(substitutes)
+    try:
+        return _run(layer, args, kwargs)
+    finally:
+        for name in substitutes:
+            del layer.__dict__[name]
+        layer.__dict__.update(before)
+
+
+def _run(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(layer, nn.RNNBase):
+        return _recurrent_forward(layer, *args, **kwargs)
+    return layer.float_forward(*args, **kwargs)
+
+
+def _recurrent_forward(layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Any:
+    """A recurrent layer keeps a list of its weights, and reads that."""
+    latent = layer.__dict__["_flat_weights"]
+    layer.__dict__["_flat_weights"] = [getattr(layer, name) for name in cast(Any, layer)._flat_weights_names]
+    try:
+        return layer.float_forward(*args, **kwargs)
+    finally:
+        layer.__dict__["_flat_weights"] = latent
 
 
 def _quantized(quantizer: Quantizer, x: Tensor, recipes: list[tuple[Tensor, Recipe]]) -> Tensor:

@@ -388,6 +388,22 @@ def test_keyword_calls_in_any_order():
     assert layer.input_quantizer.active
 
 
+def test_methods_of_the_layer_are_its_own():
+    class Helps(nn.Linear):
+        def _run(self, x):
+            return F.linear(x, self.weight, self.bias)
+
+        _forward_with = _recurrent_forward = _run
+
+        def forward(self, x):
+            return self._run(x) + self._forward_with(x) + self._recurrent_forward(x)
+
+    layer, x = Helps(4, 4), torch.randn(2, 4)
+    before = layer(x)
+    calibrated(layer, (x,))
+    assert 0 < (layer(x) - before).abs().max() < 2
+
+
 class Abstract(abc.ABC):  # noqa: B024
     """A base without instance attributes, first among the bases: its subclasses' instances are laid out otherwise."""
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -35,6 +35,30 @@ ForwardFn = Callable[[pl.LightningModule, Any], object]
 """Takes the LightningModule and a batch on its device, and runs the network on it."""
 
 
+class _QuietLogger(DummyLogger):
+    """Stands in for a logger: it logs nothing, and says where that one does."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def name(self) -> Any:
+        return self._logger.name
+
+    @property
+    def version(self) -> Any:
+        return self._logger.version
+
+    @property
+    def save_dir(self) -> Any:
+        return self._logger.save_dir
+
+    @property
+    def log_dir(self) -> Any:
+        return self._logger.log_dir
+
+
 class _QuietTrainer:
     """Stands in for a module's and its data's Trainer during a pass: it trains, ``log`` and the loggers do nothing."""
 
@@ -44,8 +68,8 @@ class _QuietTrainer:
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
-        self.logger = DummyLogger()
-        self.loggers = [DummyLogger() for _ in trainer.loggers] or [self.logger]
+        self.loggers: list[DummyLogger] = [_QuietLogger(logger) for logger in trainer.loggers] or [DummyLogger()]
+        self.logger = self.loggers[0]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trainer, name)

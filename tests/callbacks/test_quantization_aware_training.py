@@ -208,6 +208,29 @@ def test_scales_follow_the_schedule():
     assert changes == [True] * 5 + [False] * 11
 
 
+def test_an_optimizer_without_a_learning_rate_of_its_own():
+    class Relative(torch.optim.SGD):
+        """Finds its learning rate by itself, as Adafactor does."""
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["lr"] = 0.05
+            loss = super().step(closure)
+            for group in self.param_groups:
+                group["lr"] = None
+            return loss
+
+    class Module(ConvModule):
+        def configure_optimizers(self):
+            optimizer = Relative(self.parameters(), lr=0.05)
+            optimizer.param_groups[0]["lr"] = None
+            return optimizer
+
+    watch = Watch()
+    trainer([qat(), watch]).fit(Module(), Data())
+    assert all(not torch.equal(a, b) for a, b in zip(watch.values, watch.values[1:]))
+
+
 def test_scale_learning_rate_of_zero_holds_the_ranges():
     watch = Watch()
     trainer([qat(scale_learning_rate=0.0), watch]).fit(ConvModule(weight_decay=0.1), Data())

@@ -501,6 +501,10 @@ def test_each_of_several_loggers_has_a_stand_in(tmp_path):
             for logger in self.loggers:
                 logger.log_metrics({"batch": batch_idx})
             assert len(self.loggers) == 2
+            assert [logger.log_dir for logger in self.loggers] == [logger.log_dir for logger in loggers]
+            assert [(g.name, g.version, g.save_dir) for g in self.loggers] == [
+                (name, 0, str(tmp_path)) for name in ("a", "b")
+            ]
             return super().training_step(batch, batch_idx)
 
     loggers = [L.pytorch.loggers.CSVLogger(tmp_path, name) for name in ("a", "b")]

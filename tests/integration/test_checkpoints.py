@@ -106,6 +106,36 @@ def test_quantized_without_a_trainer(runs):
     trainer(callbacks(), max_epochs=1).fit(loaded.train(), Data())  # and goes on
 
 
+def test_what_a_module_does_to_its_checkpoint_is_done_without_a_trainer_too(tmp_path):
+    class Partial(ConvModule):
+        """Renames what it saves, and leaves the stem out."""
+
+        def __init__(self):
+            super().__init__(lr=0.3)
+            self.strict_loading = False
+
+        def state_dict(self, *args, **kwargs):
+            state = super().state_dict(*args, **kwargs)
+            return {name: value for name, value in state.items() if not name.startswith("stem")}
+
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["state_dict"] = {f"renamed.{k}": v for k, v in checkpoint["state_dict"].items()}
+
+        def on_load_checkpoint(self, checkpoint):
+            state = checkpoint["state_dict"].items()
+            checkpoint["state_dict"] = {k.removeprefix("renamed."): v for k, v in state}
+
+    module = Partial()
+    t = trainer(callbacks(), max_epochs=1)
+    t.fit(module, Data())
+    t.save_checkpoint(tmp_path / "partial.ckpt")
+    loaded = load_quantized(Partial, tmp_path / "partial.ckpt")
+    own = dict(module.named_parameters())
+    assert torch.equal(loaded.point.weight, own["point.weight"])
+    assert torch.equal(loaded.point.weight_quantizer.scale, own["point.weight_quantizer.scale"])
+    assert not torch.equal(loaded.stem.weight, own["stem.weight"])
+
+
 def test_weights_only_needs_a_configuration(runs):
     folder, module = runs
     with pytest.raises(ValueError, match="does not say how it is quantized.*config"):
