@@ -229,18 +229,20 @@ def config_of_state(state: Mapping[str, Tensor]) -> QuantConfig:
     Args:
         state: The state_dict of a quantized module.
     """
-    layers: dict[str, dict[str, int]] = {}
+    layers: dict[str, dict[str, int | None]] = {}
     per_channel, aliases = False, _aliases(state)
     for grid in _grids(state):
         scale = state[f"{grid.key}.scale"]
         per_channel |= grid.is_weight and (scale.dim() > 1 or scale.numel() > 1)
         if grid.layer not in aliases:
-            layers.setdefault(grid.layer, {})["weight_bits" if grid.is_weight else "activation_bits"] = grid.bits or 8
+            bits = layers.setdefault(grid.layer, {})
+            what = "weight_bits" if grid.is_weight else "activation_bits"
+            bits[what] = bits.get(what) or grid.bits  # of several arguments one may have none, being the same tensor
     rules = tuple(
         LayerRule(
             pattern=glob.escape(layer),
-            weight_bits=bits.get("weight_bits"),
-            activation_bits=bits.get("activation_bits"),
+            weight_bits=bits["weight_bits"] or 8 if "weight_bits" in bits else None,
+            activation_bits=bits["activation_bits"] or 8 if "activation_bits" in bits else None,
         )
         for layer, bits in layers.items()
     )

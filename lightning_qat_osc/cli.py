@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, get_args
@@ -100,15 +101,22 @@ def _add_module(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
     parser.add_argument("--module", required=True, help="import path of the LightningModule's class")
     parser.add_argument(
-        "--module-args", type=json.loads, default={}, metavar="JSON",
+        "--module-args", type=_json, default={}, metavar="JSON",
         help="arguments of the class that are not among the checkpoint's hyperparameters",
     )  # fmt: skip
     parser.add_argument("--network", help="name of the submodule to take, where it is not the whole module")
 
 
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be JSON, got {text}: {error}") from error
+
+
 def _inspect(options: argparse.Namespace) -> None:
     checkpoint, state = read_checkpoint(options.checkpoint, weights_only=not options.trusted)
-    if "global_step" in checkpoint:
+    if {"epoch", "global_step"} <= checkpoint.keys():
         _say(f"epoch {checkpoint['epoch']}, optimizer step {checkpoint['global_step']}")
     _say(format_weights(inspect_state(state)))
 
@@ -119,7 +127,8 @@ def _export(options: argparse.Namespace) -> None:
     if options.input is not None:
         example_input = _read_arguments(options.input)
     if example_input is None and options.to != "packed":
-        raise ValueError(f"--input must be given for '{options.to}': the module has no example_input_array")
+        why = "the module has no example_input_array" if network is module else "example_input_array is the module's"
+        raise ValueError(f"--input must be given for '{options.to}': {why}")
     output = options.output or options.checkpoint.with_suffix(SUFFIXES[options.to])
     export_model(network, output, options.to, example_input)
     _say(f"{output}: {output.stat().st_size} bytes")
@@ -161,8 +170,13 @@ def _load(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     if not isinstance(options.module_args, dict):
         raise ValueError(f"--module-args must be a JSON object, got {options.module_args}")
     checkpoint, state = read_checkpoint(options.checkpoint, weights_only=not options.trusted)
+    module_class = _class(options.module)
+    parameters = signature(module_class).parameters.values()
+    unknown = options.module_args.keys() - {p.name for p in parameters}
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ValueError(f"--module-args must be arguments of {options.module}, got {', '.join(sorted(unknown))}")
     module = load_quantized(
-        _class(options.module),
+        module_class,
         options.checkpoint,
         config_of_checkpoint(checkpoint) or config_of_state(state),
         map_location="cpu",

@@ -110,7 +110,7 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
         """The configuration that :meth:`to_dict` wrote."""
-        return cls(**{**values, "rules": [LayerRule(**rule) for rule in values["rules"]]})
+        return cls(**{**values, "rules": [LayerRule(**rule) for rule in values.get("rules", ())]})
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it comes back from a file: dictionaries, lists and numbers."""

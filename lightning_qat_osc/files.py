@@ -20,13 +20,20 @@ def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: 
 
     Raises:
         OSError: If the file is not there, or is not to be read.
-        ValueError: If the file is no pickle, or holds objects of classes that ``weights_only`` forbids.
+        ValueError: If it is a folder, as sharded checkpoints are, is no pickle, or holds objects of classes that
+            ``weights_only`` forbids.
     """
+    if os.path.isdir(path):
+        raise ValueError(
+            f"{path} must be a file, and is a folder of shards: put them together with "
+            "`python -m lightning.fabric.utilities.consolidate_checkpoint`, or train with "
+            "ModelParallelStrategy(save_distributed_checkpoint=False)"
+        )
     try:
         with open(path, "rb") as file:  # what is wrong from here on is wrong in it
             file.read(1)
         return torch.load(path, map_location=map_location, weights_only=weights_only)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
+    except (FileNotFoundError, PermissionError):
         raise
     except (UnpicklingError, EOFError, KeyError, IndexError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("archive", "corrupt")):
@@ -51,7 +58,7 @@ def written_whole(path: str | PathLike[str]) -> Iterator[Path]:
     Yields:
         The path to write to, with the target's suffix.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))  # what a link points to, not the link
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{os.getpid()}.{target.name}")
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -56,12 +55,6 @@ def load_quantized(
         raise TypeError(f"module_class must be the class of a LightningModule, got {module_class!r}")
     if not isinstance(checkpoint_path, (str, PathLike)):
         raise TypeError(f"checkpoint_path must be the path of a file, got {checkpoint_path!r}")
-    if Path(checkpoint_path).is_dir():
-        raise ValueError(
-            f"checkpoint_path must be a file, and {checkpoint_path} is a folder of shards: put them together with "
-            "`python -m lightning.fabric.utilities.consolidate_checkpoint`, or train with "
-            "ModelParallelStrategy(save_distributed_checkpoint=False)"
-        )
     checkpoint = read_tensors(checkpoint_path, map_location=map_location, weights_only=weights_only)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(

@@ -30,7 +30,7 @@ from lightning_qat_osc.cli import main
 from lightning_qat_osc.export import convert, load_packed, save_packed
 from lightning_qat_osc.export.comparison import OUTPUT, Difference, difference
 from lightning_qat_osc.export.convert import copied
-from lightning_qat_osc.lookup import quantized_layers
+from lightning_qat_osc.lookup import quantized_layers, quantizers
 
 pytest.importorskip("safetensors")
 pytestmark = pytest.mark.filterwarnings("ignore:.*below twice the momentum.*")
@@ -219,6 +219,13 @@ def test_numbers_that_are_none_are_no_equal_outputs():
     assert math.isnan(difference([good, good], [bad, good]).largest)
 
 
+def test_equal_infinities_are_equal_outputs():
+    masked, others = torch.tensor([1.0, -math.inf]), torch.tensor([1.5, -math.inf])
+    assert difference([masked], [masked.clone()]) == Difference(0.0, math.inf)
+    assert difference([masked], [others]).largest == 0.5
+    assert difference([masked], [-masked]).largest == math.inf
+
+
 class OfTwo(L.LightningModule):
     """Two inputs, which are not to be mistaken for each other."""
 
@@ -295,7 +302,7 @@ def test_a_part_of_a_module_with_arguments_and_shared_weights(tmp_path, capsys):
         (["inspect", "half.ckpt"], "half.ckpt is damaged"),
         (["inspect", "short.ckpt"], "short.ckpt is damaged"),
         (["inspect", "numbered.pt"], "numbered.pt must be a checkpoint or a state_dict, and holds a dict"),
-        (["inspect", "."], "Is a directory"),
+        (["inspect", "."], "must be a file, and is a folder of shards"),
         *(
             (["compare", "state.ckpt", "--module", "models.ConvModule", "--data", name], f"{name} is damaged")
             for name in ("cut.npz", "empty.npy", "empty.npz")
@@ -313,6 +320,23 @@ def test_a_part_of_a_module_with_arguments_and_shared_weights(tmp_path, capsys):
         (
             ["export", "state.ckpt", "--module", "models.ConvModule", "--to", "packed", "--module-args", "[1]"],
             r"--module-args must be a JSON object, got \[1\]",
+        ),
+        (
+            [
+                "export",
+                "state.ckpt",
+                "--module",
+                "models.ConvModule",
+                "--to",
+                "packed",
+                "--module-args",
+                '{"widht": 1}',
+            ],
+            "--module-args must be arguments of models.ConvModule, got widht",
+        ),
+        (
+            ["export", "state.ckpt", "--module", "models.ConvModule", "--to", "onnx", "--network", "head"],
+            "--input must be given for 'onnx': example_input_array is the module's",
         ),
         (["export", "state.ckpt", "--module", "models.ConvModule", "--to", "onnx"], "--input must be given for 'onnx'"),
         (["export", "state.ckpt", "--module", "models.Data", "--to", "packed"], "--module must be .* got models.Data"),
@@ -361,3 +385,35 @@ def test_the_configuration_of_a_state_gives_the_quantizers_back(run):
     again = load_quantized(ConvModule, folder / "weights.ckpt", config).eval()
     assert torch.equal(again(X), module(X))
     assert torch.equal(convert(again)(X), module(X))
+
+
+def test_arguments_that_are_no_json_are_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "a.ckpt", "--module", "models.ConvModule", "--to", "packed", "--module-args", "{width: 8"])
+    assert "argument --module-args: must be JSON, got {width: 8" in capsys.readouterr().err
+
+
+class Attends(L.LightningModule):
+    """Its attention has one tensor for three arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = torch.nn.MultiheadAttention(8, 2, batch_first=True), torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x)[0])
+
+
+def test_the_configuration_of_a_state_with_several_arguments(tmp_path):
+    x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(3))
+    module = quantize_model(Attends().eval(), wanted := QuantConfig(4, 4, first_last_bits=None))
+    calibrator = Calibrator(module, wanted)
+    with torch.no_grad(), calibrator.observe():
+        module(x)
+    calibrator.finish()
+    bits = [q.bits for q in quantizers(module)]
+    config = config_of_state(module.state_dict())
+    torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": "2.6.0"}, tmp_path / "weights.ckpt")
+    again = load_quantized(Attends, tmp_path / "weights.ckpt", config).eval()
+    assert [q.bits for q in quantizers(again)] == bits
+    assert torch.equal(again(x), module(x))

@@ -49,6 +49,7 @@ class ModelExport(pl.Callback):
             to be deployed. None: the whole module.
 
     Raises:
+        TypeError: If ``dirpath`` is no path, or ``network`` no string.
         ValueError: If a choice is unknown, there are no formats, or ``dirpath`` is given with "best".
     """
 
@@ -68,6 +69,8 @@ class ModelExport(pl.Callback):
         check_choice("when", when, When)
         if dirpath is not None and not isinstance(dirpath, (str, PathLike)):
             raise TypeError(f"dirpath must be the path of a folder, got {dirpath!r}")
+        if network is not None and not isinstance(network, str):
+            raise TypeError(f"network must be the name of a submodule, got {network!r}")
         if dirpath is not None and when == "best":
             raise ValueError(
                 f"dirpath must be None with when='best', whose files are beside checkpoints, got {dirpath!r}"
@@ -206,7 +209,7 @@ class ModelExport(pl.Callback):
             return
         inputs: Any = args
         if kwargs:
-            inputs = dict(inspect.signature(network.forward).bind(*args, **kwargs).arguments) if args else kwargs
+            inputs = _by_name(network, args, kwargs)
         self._example_input = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu().clone(), inputs)
 
     def _stop_capturing(self) -> None:
@@ -237,7 +240,9 @@ class ModelExport(pl.Callback):
             module = copied(pl_module)
             # the file, not the model: that may have moved on, and an averaged one is not in it now
             # written by this run, so whatever hyperparameters are in it, it is trusted
-            module.load_state_dict(torch.load(best[0], map_location="cpu", weights_only=False)["state_dict"])
+            checkpoint = torch.load(best[0], map_location="cpu", weights_only=False)
+            module.on_load_checkpoint(checkpoint)
+            module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
             self._files[best[0]] = self._beside(best[0])
             self._export(self._network(module), self._files[best[0]])
         except Exception as error:  # an export is no reason to lose the training
@@ -266,3 +271,25 @@ class ModelExport(pl.Callback):
                 "export it with: give ModelExport the name of the submodule that is, as network, or set the module's "
                 "example_input_array."
             )
+
+
+def _by_name(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a network, all by name.
+
+    Raises:
+        MisconfigurationException: If some have none.
+    """
+    signature = inspect.signature(network.forward)
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(parameter.name, {}))
+        if parameter.kind is parameter.VAR_POSITIONAL and arguments.get(parameter.name):
+            raise MisconfigurationException(
+                f"ModelExport takes a call by positions or one by names for its example input, and the forward of "
+                f"{type(network).__name__} is called with keywords and with more positions than it names "
+                f"(*{parameter.name}): set the module's example_input_array."
+            )
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            arguments.pop(parameter.name, None)
+    return arguments

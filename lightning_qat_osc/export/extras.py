@@ -10,7 +10,7 @@ __all__ = ["require_extra"]
 
 _PACKAGES = {
     "packed": ("safetensors",),
-    "onnx": ("onnx", "onnxscript"),
+    "onnx": ("onnx", "onnx_ir", "onnxscript", "ml_dtypes"),
     "torchao": ("torchao",),
 }
 _TORCH_FOR_ONNX = "2.9"
@@ -28,6 +28,6 @@ def require_extra(extra: str, what: str) -> None:
     """
     missing = [package for package in _PACKAGES[extra] if find_spec(package) is None]
     if missing:
-        raise ImportError(f'{what} needs {" and ".join(missing)}: pip install "lightning-qat-osc[{extra}]"')
+        raise ImportError(f'{what} needs {", ".join(missing)}: pip install "lightning-qat-osc[{extra}]"')
     if extra == "onnx" and torch.__version__ < _TORCH_FOR_ONNX:
         raise ImportError(f"{what} needs torch {_TORCH_FOR_ONNX} or later, got torch {torch.__version__}")

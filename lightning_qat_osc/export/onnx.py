@@ -88,7 +88,9 @@ def export_onnx(
     assert exported is not None
     written = exported.model.opset_imports.get("")
     if written != opset_version:
-        raise ValueError(f"opset_version must be one that this torch can write, got {opset_version}, not {written}")
+        raise ValueError(
+            f"opset_version must be one that this torch can write, got {opset_version}, for which it writes {written}"
+        )
     onnx_graph.finish(exported.model, program)
     content = onnx_graph.checked(exported.model)
     with written_whole(path) as file:

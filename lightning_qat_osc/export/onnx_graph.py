@@ -280,10 +280,15 @@ def _convolution(node: ir.Node, grids: Grids) -> None:
     if bias is None:
         added, name = np.zeros((), np.float32), "no_bias"
     else:
-        assert added is not None
-        added, name = added.reshape(shape), f"{bias.name}_of_channels"
+        name = f"{bias.name}_of_channels"
+        added = None if added is None else added.reshape(shape)
     product = _insert(node, node.op_type, [*node.inputs[:2]], output, **node.attributes)
-    total = _insert(node, "Sum", [product, _constant(node.graph, name, added)], output)
+    if added is not None:
+        term = _constant(node.graph, name, added)
+    else:  # computed, by a graph of its own
+        term = _insert(node, "Reshape", [bias, _constant(node.graph, f"{name}_shape", np.array(shape))], output)
+        term.shape = None
+    total = _insert(node, "Sum", [product, term], output)
     output.replace_all_uses_with(total, replace_graph_outputs=True)
 
 

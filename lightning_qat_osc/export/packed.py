@@ -89,7 +89,8 @@ def save_packed(module: nn.Module, path: str | PathLike[str], *, fold_batch_norm
 
     Raises:
         ImportError: If safetensors is not installed.
-        ValueError: If nothing in the module is quantized, or a layer cannot be exported.
+        TypeError: If ``path`` is no path, or ``module`` no module.
+        ValueError: If nothing in the module is quantized, or a layer or a tensor of the state cannot be exported.
     """
     check_file("path", path)
     serialized = _safetensors().torch.save
@@ -120,8 +121,15 @@ def save_packed(module: nn.Module, path: str | PathLike[str], *, fold_batch_norm
     manifest["folded"] = model.folding.into
     text = json.dumps(manifest)
     metadata = {"format": _FORMAT, "manifest": text, "sha256": _checksum(text, tensors)}
+    try:
+        content = serialized(tensors, metadata)
+    except KeyError as error:  # a dtype that safetensors does not know
+        odd = next(name for name, tensor in tensors.items() if tensor.dtype in error.args)
+        raise ValueError(
+            f"state_dict entry '{odd}' is of {tensors[odd].dtype}, which safetensors cannot hold"
+        ) from error
     with written_whole(path) as temporary:
-        temporary.write_bytes(serialized(tensors, metadata))  # its own save_file hides the file from other users
+        temporary.write_bytes(content)  # its own save_file hides the file from other users
 
 
 def load_packed(path: str | PathLike[str], module: Module) -> Module:
@@ -180,7 +188,7 @@ def load_packed(path: str | PathLike[str], module: Module) -> Module:
             remove_batch_norm(plain, norm, layer)
         plain.load_state_dict(state)
         quantize_inputs(plain, inputs)
-    except (AttributeError, RuntimeError) as error:
+    except (AttributeError, RuntimeError, TypeError) as error:
         raise ValueError(f"{fspath(path)} does not fit {type(module).__name__}: {error}") from error
     return plain
 

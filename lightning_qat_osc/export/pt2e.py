@@ -68,6 +68,7 @@ def export_program(
         The exported program.
 
     Raises:
+        TypeError: If ``module`` is no module.
         ValueError: If nothing in the module is quantized, a layer cannot be converted, or the module is not in 32-bit
             floating point.
         RuntimeError: If torch cannot export it; the message has torch's reason.
@@ -85,6 +86,10 @@ def export_program(
         raise ValueError(f"module must be in torch.float32, and has parameters of {odd.pop()}: call module.float()")
     _traceable(model.module, input_dtype)
     program = _trace(model.module, args, kwargs, shapes, type(module).__name__)
+    if any(isinstance(child, fx.GraphModule) for child in program.graph_module.children()):
+        program = program.run_decompositions(
+            {}
+        )  # torch.no_grad() and autocast inside of a forward: graphs in the graph
     graph_module = _unguarded(program)
     constants = _constants(graph_module)
     weights = _folded(graph_module.graph, constants, model.weights) if fold_batch_norm else model.weights

@@ -35,6 +35,7 @@ def convert_to_torchao(module: Module) -> Module:
 
     Raises:
         ImportError: If torchao is not installed.
+        TypeError: If ``module`` is no module.
         ValueError: If no linear layer of the module has a quantized weight, a layer cannot be converted, or the module
             is not in 32-bit floating point.
     """
@@ -47,7 +48,8 @@ def convert_to_torchao(module: Module) -> Module:
     for key, weight in model.weights.items():
         name, _, parameter = key.rpartition(".")
         layer = model.module.get_submodule(name)
-        if isinstance(layer, nn.Linear) and parameter == "weight":
+        # a forward of its own may do more with the weight than torchao's tensors can
+        if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and parameter == "weight":
             if id(weight) not in made:
                 made[id(weight)] = nn.Parameter(_torchao_tensor(weight), requires_grad=False)
             layer.weight = made[id(weight)]

@@ -326,3 +326,62 @@ def test_what_cannot_be_exported_is_refused_before_training(tmp_path):
     own = [QuantizationAwareTraining(3, 3), none, ModelExport(["packed"], when="best")]
     with pytest.raises(MisconfigurationException, match="keeps the best, got save_top_k=0"):
         trainer(own, enable_checkpointing=True).fit(Untrained(), Data())
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = ConvModule()
+
+    def forward(self, x, *rest, scale, **named):
+        return self.inner(scale * x + sum(rest))
+
+
+class Calling(Wrapping):
+    """Calls its network by position and by name, and with more positions than it names."""
+
+    def __init__(self, *rest):
+        super().__init__()
+        self.network, self.rest = Scaled(), rest
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.network(batch[0], *self.rest, scale=torch.ones(1)), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.training_step(batch, batch_idx)
+
+
+def test_a_forward_that_takes_any_arguments(tmp_path):
+    module = Calling()
+    fit(module, ModelExport(["torch"], network="network"), tmp_path, max_epochs=1)
+    expected = module.network.eval()(X[:2], scale=torch.ones(1)).detach()
+    out = run_program(tmp_path / "model.pt2", x=X[:2], scale=torch.ones(1))
+    assert torch.allclose(out, expected, atol=module.network.inner.head.input_quantizer.scale.item())
+
+
+def test_positions_that_a_forward_does_not_name_are_refused_beside_keywords(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"more positions than it names \(\*rest\)"):
+        fit(Calling(torch.zeros(1)), ModelExport(["torch"], network="network"), tmp_path, max_epochs=1)
+
+
+class Partial(ConvModule):
+    """Leaves a part out of its checkpoints."""
+
+    def __init__(self):
+        super().__init__()
+        self.strict_loading = False
+        self.extra = torch.nn.LayerNorm(3)
+
+    def state_dict(self, *args, **kwargs):
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith("extra")}
+
+
+def test_checkpoints_of_a_module_that_leaves_a_part_out(tmp_path):
+    best = ModelCheckpoint(tmp_path, filename="best", monitor="val_loss")
+    fit(Partial(), ModelExport(when="best"), tmp_path, best, max_epochs=2, enable_checkpointing=True)
+    assert (tmp_path / "best.safetensors").exists()
+
+
+def test_a_network_that_is_no_name():
+    with pytest.raises(TypeError, match="network must be the name of a submodule, got 3"):
+        ModelExport(network=3)

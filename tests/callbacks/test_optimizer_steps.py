@@ -124,7 +124,7 @@ def test_figures_are_computed_once_a_step_under_accumulation(monkeypatch):
     monkeypatch.setattr(
         oscillation_tracking.OscillationTracking,
         "_log",
-        lambda self, module, on_step: (calls.append(on_step), log(self, module, on_step=on_step)),
+        lambda self, *args, on_step: (calls.append(on_step), log(self, *args, on_step=on_step)),
     )
     trainer(callbacks(), max_epochs=1, accumulate_grad_batches=4, log_every_n_steps=1).fit(ConvModule(), Data())
     assert calls.count(True) == 2  # of 8 batches

@@ -14,6 +14,7 @@ from models import ConvModule, Data, trainer
 from onnx import TensorProto, numpy_helper
 from sessions import assert_close, initializers, operators, optimized_operators, run, session
 from torch import nn
+from torch.nn import functional as F
 
 from lightning_qat_osc import IterativeFreezing, LayerRule, QuantConfig, QuantizationAwareTraining, oscillation_states
 from lightning_qat_osc.export import integer_weights
@@ -508,7 +509,7 @@ def test_arguments_are_refused_by_name(tmp_path):
 
 def test_missing_packages_name_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_qat_osc.export.extras.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"onnx and onnxscript.*lightning-qat-osc\[onnx\]"):
+    with pytest.raises(ImportError, match=r"onnx, onnx_ir, onnxscript, ml_dtypes: .*lightning-qat-osc\[onnx\]"):
         export_onnx(nn.Linear(3, 2), tmp_path / "x.onnx", torch.ones(2, 3))
 
 
@@ -727,3 +728,49 @@ def test_every_initializer_is_used(tmp_path):
     graph = onnx.load(tmp_path / "model.onnx").graph
     used = {name for node in graph.node for name in node.input}
     assert {initializer.name for initializer in graph.initializer} <= used
+
+
+class Switching(nn.Module):
+    """A backbone without gradients, and a layer out of autocast's reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.middle, self.head = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.backbone(x).relu()
+        with torch.autocast("cpu", enabled=False):
+            x = self.middle(x).relu()
+        return self.head(x)
+
+
+def test_a_forward_that_switches_gradients_and_autocast(tmp_path):
+    x = torch.randn(16, 6)
+    model = calibrated(Switching(), x)
+    export_onnx(model, tmp_path / "model.onnx", x)
+    assert operators(tmp_path / "model.onnx")["QuantizeLinear"] == 3
+    assert_close(run(tmp_path / "model.onnx", x)[0], outputs(model, x))
+
+
+class Biased(nn.Conv2d):
+    def forward(self, x, bias):
+        return F.conv2d(x, self.weight, bias)
+
+
+class ComputedBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = Biased(3, 4, 3)
+
+    def forward(self, x, bias):
+        return self.conv(x, 2.0 * bias)
+
+
+@pytest.mark.parametrize("weight_bits", [4, None])
+def test_a_bias_that_is_computed(tmp_path, weight_bits):
+    x, bias = images(4), torch.randn(4)
+    model = calibrated(ComputedBias(), x, bias, weight_bits=weight_bits)
+    export_onnx(model, tmp_path / "model.onnx", (x, bias), dynamic_batch=False)
+    for optimized in (False, True):
+        assert_close(run(tmp_path / "model.onnx", x, bias, optimized=optimized)[0], outputs(model, x, bias))

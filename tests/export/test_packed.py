@@ -289,3 +289,29 @@ def test_a_converted_model_is_refused(tmp_path):
         load_packed(next(entries), nn.Sequential(nn.Linear(4, 4)))  # any path will do
     with pytest.raises(ValueError, match="module must be as its class makes it, and this Sequential is converted"):
         load_packed(tmp_path / "model.safetensors", convert(model))
+
+
+def test_dtypes_that_the_format_lacks_are_named(tmp_path):
+    module = calibrated(nn.Sequential(nn.Linear(4, 4)), torch.randn(4, 4))
+    module.register_buffer("phases", torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"entry 'phases' is of torch.complex128, which safetensors cannot hold"):
+        save_packed(module, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*full precision.*")
+def test_a_file_of_another_attention_does_not_fit(tmp_path):
+    x = torch.randn(3, 2, 8)
+    save_packed(calibrated(nn.MultiheadAttention(8, 2), x, x, x), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="does not fit MultiheadAttention"):
+        load_packed(tmp_path / "model.safetensors", nn.MultiheadAttention(8, 2, kdim=4))
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path):
+    module = calibrated(nn.Sequential(nn.Linear(4, 4)), torch.randn(4, 4))
+    target, link = tmp_path / "of_today.safetensors", tmp_path / "model.safetensors"
+    target.touch()
+    link.symlink_to(target)
+    save_packed(module, link)
+    assert link.is_symlink()
+    assert load_packed(target, nn.Sequential(nn.Linear(4, 4)))

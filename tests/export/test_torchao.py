@@ -80,3 +80,17 @@ def test_other_precisions_are_refused_and_shared_weights_stay_shared():
     tied[1].weight = tied[0].weight
     converted = convert_to_torchao(calibrated(tied, torch.randn(4, 8), activation_bits=None))
     assert converted[0].weight is converted[1].weight
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, 0.5 * self.weight, self.bias)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_converted_plainly():
+    x = torch.randn(16, 8)
+    model = calibrated(nn.Sequential(nn.Linear(8, 8), Halved(8, 4)), x, activation_bits=None)
+    converted = convert_to_torchao(model)
+    assert type(converted[1].weight) is nn.Parameter
+    assert type(converted[0].weight) is not nn.Parameter
+    assert_close(outputs(converted, x), outputs(model, x))
