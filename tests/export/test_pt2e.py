@@ -9,7 +9,7 @@ import torch
 from calibrated import calibrated
 from marks import needs_torchao
 from sessions import assert_close
-from test_onnx import CrossAttention, Words, images, network, outputs
+from test_onnx import CrossAttention, Switching, Words, images, network, outputs
 from torch import nn
 
 from lightning_qat_osc.export import integer_weights
@@ -200,3 +200,11 @@ def test_a_weight_of_a_convolution_and_a_transposed_one(activation_bits):
     x = torch.randn(2, 3, 6, 6)
     model = calibrated(TiedConvolutions(), x, activation_bits=activation_bits)
     torch.testing.assert_close(export_program(model, x).module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_forward_that_switches_gradients_and_autocast():
+    x = torch.randn(16, 6)
+    model = calibrated(Switching(), x)
+    program = export_program(model, x)
+    assert torch.equal(program.module()(x), outputs(model, x))
+    assert len(program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)) == 3
