@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +37,7 @@ _FUNCTIONS = {
 }
 _Foldable = _ConvNd | nn.Linear
 _NOTHING_IN_EVALUATION = (nn.Identity, _DropoutNd)
+_MUTABLE = (dict, OrderedDict, defaultdict, list, deque, set)
 
 
 class CannotFoldError(Exception):
@@ -68,10 +73,11 @@ def fold_batch_norm(
     has no :math:`-q_{min}`: a batch norm with a negative :math:`\gamma` in a channel that uses :math:`q_{min}` stays.
     A channel with :math:`\gamma = 0` gets integers of 0 and keeps its scale.
 
-    A batch norm is folded where a graph of the model in evaluation mode shows that it takes the output of one
-    convolution, transposed convolution or linear layer, that nothing else does, and that both are called once. A module
-    that ``torch.fx`` cannot trace is searched child by child, each taken to be called as a whole. As in
-    ``torch.nn.utils.fusion``, the batch norm's dimension of channels is taken to be that of the layer's features.
+    A batch norm is folded where graphs of the model in evaluation mode show that it takes the output of one
+    convolution, transposed convolution or linear layer, that nothing else takes or keeps it, and that both are called
+    once. There are two graphs, of a call with every argument and of one with all defaults, for a forward may ask what
+    is None. A module that ``torch.fx`` cannot trace is searched child by child, each taken to be called as a whole. As
+    in ``torch.nn.utils.fusion``, the batch norm's dimension of channels is taken to be that of the layer's features.
 
     Args:
         module: A converted model in evaluation mode. Its batch norms become ``nn.Identity``, and the layers before them
@@ -82,10 +88,12 @@ def fold_batch_norm(
         The integers of all quantized weights, and what became of each batch norm.
     """
     weights, folding = dict(weights), Folding()
-    graphs = _Graphs(module)
+    graphs, graphs_of_defaults = _Graphs(module), _Graphs(module, defaults=True)
     for name, norm in graphs.norms.items():
         try:
             layer_name, layer = graphs.layer_before(norm)
+            if graphs_of_defaults.layer_before(norm) != (layer_name, layer):
+                raise CannotFoldError("which layer is before it depends on the arguments that are given")
             factor, bias = _affine(layer, norm)
             keys = [qualified(other, "weight") for other in graphs.names[layer]]
             axis = 1 if isinstance(layer, _ConvTransposeNd) else 0
@@ -111,8 +119,13 @@ def remove_batch_norm(module: nn.Module, norm_name: str, layer_name: str) -> Non
         module: The model, which is changed.
         norm_name: Name of the batch norm.
         layer_name: Name of the layer.
+
+    Raises:
+        CannotFoldError: If what has the batch norm's name is none.
     """
     norm, layer = module.get_submodule(norm_name), module.get_submodule(layer_name)
+    if not isinstance(norm, _BatchNorm):
+        raise CannotFoldError(f"'{norm_name}', folded into '{layer_name}', is no batch norm, but {type(norm).__name__}")
     for parent in list(module.modules()):
         for child_name, child in list(parent._modules.items()):  # under each of its names
             if child is norm:
@@ -181,20 +194,53 @@ class _LayerTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._proxies: WeakValueDictionary[fx.Node, fx.Proxy] = WeakValueDictionary()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        self._proxies[node] = proxy = super().proxy(node)
+        return proxy
+
+    def kept(self) -> set[fx.Node]:
+        """The nodes whose outputs outlive the forward: in an attribute, in a list, with a hook."""
+        if self._proxies:
+            gc.collect()  # a proxy that was unpacked or asked for its truth is in a cycle with the forward's frame
+        return set(self._proxies)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = isinstance(m, _BatchNorm) or layer_kind(type(m)) is not None
         return known or super().is_leaf_module(m, module_qualified_name)
 
 
+def _trace(module: nn.Module, defaults: bool) -> tuple[fx.Graph, set[fx.Node]]:
+    """The graph of a module's forward, and the nodes whose outputs it leaves somewhere.
+
+    Args:
+        module: The module.
+        defaults: Whether an argument that has a default is that, or is given like the others: a proxy is not None.
+    """
+    arguments = inspect.signature(type(module).forward).parameters if defaults else {}
+    tracer = _LayerTracer()
+    with _as_it_was(module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of code that runs on no data
+        graph = tracer.trace(module, {key: a.default for key, a in arguments.items() if a.default is not a.empty})
+        return graph, tracer.kept()
+
+
 class _Graphs:
     """The graphs of a model, and what they say of its batch norms.
+
+    Args:
+        module: The model.
+        defaults: Whether modules are called with the defaults of their arguments.
 
     Attributes:
         norms: The batch norms by name.
         names: A submodule -> all its names.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, defaults: bool = False) -> None:
         self.norms = {name: m for name, m in module.named_modules() if isinstance(m, _BatchNorm)}
         self.names: dict[nn.Module, list[str]] = {}
         for name, m in module.named_modules(remove_duplicate=False):
@@ -202,10 +248,10 @@ class _Graphs:
         self._holders = Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
         self._calls: dict[nn.Module, tuple[nn.Module, fx.Node]] = {}  # a batch norm -> the traced module, its call
         self._counts: Counter[nn.Module] = Counter()
+        self._kept: set[fx.Node] = set()
         self._untraced: dict[str, str] = {}
-        self._root = module
-        with _as_it_was(module), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of code that runs on no data
+        self._root, self._defaults = module, defaults
+        with _as_it_was(module):  # a module may change what is not below it
             self._trace("", module, set())
 
     def _trace(self, name: str, module: nn.Module, seen: set[nn.Module]) -> None:
@@ -213,13 +259,14 @@ class _Graphs:
             return
         seen.add(module)
         try:
-            graph = _LayerTracer().trace(module)
+            graph, kept = _trace(module, self._defaults)
         except Exception as error:  # whatever a forward raises when it runs on no data
             if any(isinstance(m, _BatchNorm) for m in module.modules()):
                 self._untraced[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 for child_name, child in module.named_children():
                     self._trace(qualified(name, child_name), child, seen)
             return
+        self._kept |= kept
         for node in graph.nodes:
             if node.op == "call_module":
                 called = module.get_submodule(node.target)
@@ -267,11 +314,14 @@ class _Graphs:
             return False
         assert isinstance(source, fx.Node)
         called = traced.get_submodule(str(source.target))
-        return isinstance(called, _NOTHING_IN_EVALUATION) and len(source.users) == 1 and not _has_hooks(called)
+        alone = len(source.users) == 1 and source not in self._kept
+        return isinstance(called, _NOTHING_IN_EVALUATION) and alone and not _has_hooks(called)
 
     def _check(self, name: str, layer: _Foldable, norm: _BatchNorm, traced: nn.Module, source: fx.Node) -> None:
         if len(source.users) > 1:
             raise CannotFoldError(f"the output of '{name}' is used elsewhere, too")
+        if source in self._kept:
+            raise CannotFoldError(f"the output of '{name}' is left in an attribute or with a hook")
         if self._counts[layer] > 1:
             raise CannotFoldError(f"'{name}' is called more than once")
         for what in (layer, norm):
@@ -291,7 +341,7 @@ class _Graphs:
             raise CannotFoldError(f"'{name}' has groups, whose output channels lie along two dimensions of its weight")
         if norm.num_features != _channels(layer):
             raise CannotFoldError(f"it has {norm.num_features} channels, and '{name}' gives {_channels(layer)}")
-        if not _is_affine(layer):
+        if not _is_affine(layer, self._defaults):
             raise CannotFoldError(f"{type(layer).__name__} '{name}' has a forward of its own, which may do more")
 
     @staticmethod
@@ -308,7 +358,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _is_affine(layer: nn.Module) -> bool:
+def _is_affine(layer: nn.Module, defaults: bool) -> bool:
     """Whether a layer's output is its weight applied to something, plus its bias, and no more."""
     base = next(c for c in _FUNCTIONS if isinstance(layer, c))
     if all(getattr(type(layer), key, None) is getattr(base, key, None) for key in ("forward", "_conv_forward")):
@@ -316,12 +366,14 @@ def _is_affine(layer: nn.Module) -> bool:
     twin = copy.copy(layer)  # with a bias, as it will have one
     twin._parameters = {**layer._parameters, "bias": nn.Parameter(torch.zeros(1))}
     try:
-        graph = fx.Tracer().trace(twin)
+        graph, kept = _trace(twin, defaults)
     except Exception:  # it may look at its input
         return False
     (output,) = (node for node in graph.nodes if node.op == "output")
     call = output.args[0]
     if not isinstance(call, fx.Node) or call.op != "call_function" or call.target is not _FUNCTIONS[base]:
+        return False
+    if call in kept:
         return False
     given = {**dict(zip(("input", "weight", "bias"), call.args)), **call.kwargs}
     for key in ("weight", "bias"):
@@ -333,11 +385,23 @@ def _is_affine(layer: nn.Module) -> bool:
 
 @contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Put back the attributes that a forward sets, which hold proxies after it was traced."""
-    before = [(m, dict(vars(m))) for m in module.modules()]
+    """Put back what a forward sets, or changes in place, and what holds proxies after it was traced."""
+    before: dict[int, tuple[Any, Any]] = {}
+    for m in module.modules():
+        _remember(vars(m), before)
     try:
         yield
     finally:
-        for m, attributes in before:
-            vars(m).clear()
-            vars(m).update(attributes)
+        for container, contents in before.values():
+            container.clear()
+            (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
+
+
+def _remember(value: Any, before: dict[int, tuple[Any, Any]]) -> None:
+    """Copy the contents of a container and of those in it. Other classes, which may refuse a change, are left alone."""
+    if id(value) in before or type(value) not in (*_MUTABLE, tuple):
+        return
+    if type(value) is not tuple:
+        before[id(value)] = value, copy.copy(value)
+    for item in value.values() if isinstance(value, dict) else value:
+        _remember(item, before)

@@ -27,7 +27,7 @@ from lightning_qat_osc.export.convert import (
     set_weights,
     without_quantizers,
 )
-from lightning_qat_osc.export.folding import remove_batch_norm
+from lightning_qat_osc.export.folding import CannotFoldError, remove_batch_norm
 from lightning_qat_osc.export.integers import InputGrid, IntegerWeight
 from lightning_qat_osc.files import written_whole
 
@@ -188,7 +188,7 @@ def load_packed(path: str | PathLike[str], module: Module) -> Module:
             remove_batch_norm(plain, norm, layer)
         plain.load_state_dict(state)
         quantize_inputs(plain, inputs)
-    except (AttributeError, RuntimeError, TypeError) as error:
+    except (AttributeError, RuntimeError, TypeError, CannotFoldError) as error:
         raise ValueError(f"{fspath(path)} does not fit {type(module).__name__}: {error}") from error
     return plain
 

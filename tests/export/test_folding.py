@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_qat_osc import LayerRule
-from lightning_qat_osc.export import convert, integer_model, integer_weights
+from lightning_qat_osc.export import convert, integer_model, integer_weights, load_packed, save_packed
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -158,6 +158,22 @@ class Activated(nn.Conv2d):
         return F.relu(F.conv2d(x, self.weight, self.bias))
 
 
+class ActivatedByDefault(nn.Conv2d):
+    """A convolution that does more where it is given less."""
+
+    def forward(self, x, raw=None):
+        out = F.conv2d(x, self.weight, self.bias)
+        return F.relu(out) if raw is None else out
+
+
+class Remembering(nn.Conv2d):
+    """A convolution whose output may be read later."""
+
+    def forward(self, x):
+        self.last = F.conv2d(x, self.weight, self.bias)
+        return self.last
+
+
 class OwnConvolution(nn.Conv2d):
     def _conv_forward(self, input, weight, bias):
         return F.conv2d(input, weight.abs(), bias)
@@ -186,6 +202,19 @@ def plainly(net, x):
     return net.norm(net.conv(x))
 
 
+def unpacked(net, x):
+    y = net.conv(x)
+    first, second = net.norm(y).split([1, 2], dim=1)
+    return torch.cat([first, second], dim=1)
+
+
+class Optional(Net):
+    """Net with an argument that may be left out, and others that do not matter."""
+
+    def forward(self, x, skip=None, sizes=(1, [2]), *, scale=1.0, name="", **more):
+        return self.call(self, x, skip)
+
+
 def hooked(norm):
     norm.register_forward_hook(lambda *args: None)
     return norm
@@ -199,6 +228,8 @@ def hooked(norm):
         lambda: Net(lambda net, x: net.norm(input=net.conv(x))),
         lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.5), nn.Identity(), nn.BatchNorm2d(3)),
         lambda: nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)),
+        lambda: Net(unpacked),
+        lambda: Optional(lambda net, x, skip: net.norm(net.conv(x)) if skip is None else net.norm(net.conv(x)) + skip),
     ],
 )
 def test_what_can_be_folded(make):
@@ -227,6 +258,8 @@ def test_what_can_be_folded(make):
         (lambda: Net(plainly, norm=OwnNorm(3)), "OwnNorm has a forward of its own"),
         (lambda: Net(plainly, norm=hooked(nn.BatchNorm2d(3))), "there are forward hooks"),
         (lambda: Net(plainly, conv=Activated(3, 3, 1)), "Activated 'conv' has a forward of its own"),
+        (lambda: Net(plainly, conv=ActivatedByDefault(3, 3, 1)), "ActivatedByDefault 'conv' has a forward of its own"),
+        (lambda: Net(plainly, conv=Remembering(3, 3, 1)), "Remembering 'conv' has a forward of its own"),
         (lambda: Net(plainly, conv=OwnConvolution(3, 3, 1)), "OwnConvolution 'conv' has a forward of its own"),
         (lambda: Net(plainly, conv=nn.ConvTranspose2d(3, 3, 1, groups=3)), "'conv' has groups"),
         (
@@ -331,3 +364,142 @@ def test_a_norm_of_two_names_in_one_module_is_folded_under_both():
     assert isinstance(folded.norm, nn.Identity)
     assert isinstance(folded.alias, nn.Identity)
     assert_close(folded(x), convert(model).double()(x.double()))
+
+
+def added_to_itself(net, x, skip):
+    y = net.conv(x)
+    return net.norm(y) + (y if skip is None else skip)
+
+
+def through_one_or_the_other(net, x, skip):
+    return net.norm(net.conv(x) if skip is None else net.nothing(net.other(x)))
+
+
+def norm_of_what_is_given(net, x, skip):
+    return net.norm(x if skip is None else net.conv(skip))
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (added_to_itself, "the output of 'conv' is used elsewhere, too"),
+        (through_one_or_the_other, "which layer is before it depends on the arguments"),
+        (norm_of_what_is_given, "no convolution and no linear layer, but x"),
+    ],
+)
+def test_what_a_forward_does_without_an_argument_counts(call, reason):
+    model = Optional(call)
+    model.other = nn.Conv2d(3, 3, 1)
+    x = torch.randn(4, 3, 5, 5)
+    model = calibrated(model, x, activation_bits=None, rules=(LayerRule("other", weight_bits=None),))
+    with pytest.warns(UserWarning, match=f"'norm' is not folded: .*{reason}"):
+        folded = convert(model, fold_batch_norm=True)
+    plain = convert(model)
+    assert torch.equal(folded(x), plain(x))
+    assert torch.equal(folded(x, x), plain(x, x))
+
+
+class Later(nn.Module):
+    """Untraceable, and reads what its body left somewhere."""
+
+    def __init__(self, body, left):
+        super().__init__()
+        self.body, self.left = body, left
+
+    def forward(self, x):
+        y = self.body(x)
+        return y + self.left(self.body) if y.isfinite().all() else y
+
+
+def in_an_attribute(net, x):
+    net.last = net.conv(x)
+    return net.norm(net.last)
+
+
+def in_a_dictionary(net, x):
+    net.seen = {"outputs": [net.conv(x)]}
+    return net.norm(net.seen["outputs"][0])
+
+
+def behind_nothing(net, x):
+    net.last = net.nothing(net.conv(x))
+    return net.norm(net.last)
+
+
+def by_a_hook():
+    outputs, inner = [], nn.Sequential(nn.Conv2d(3, 3, 1))
+    inner.register_forward_hook(lambda module, args, output: outputs.append(output))
+    return Later(nn.Sequential(inner, used(nn.BatchNorm2d(3))), lambda body: outputs[-1])
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Later(Net(in_an_attribute), lambda net: net.last), "the output of 'body.conv' is left"),
+        (lambda: Later(Net(in_a_dictionary), lambda net: net.seen["outputs"][0]), "the output of 'body.conv' is left"),
+        (lambda: Later(Net(behind_nothing), lambda net: net.last), "but Identity"),
+        (by_a_hook, "the output of 'body.0.0' is left in an attribute or with a hook"),
+    ],
+)
+def test_an_output_that_is_read_later_is_not_folded(make, reason):
+    x = torch.randn(4, 3, 5, 5)
+    model = calibrated(make(), x, activation_bits=None)
+    with pytest.warns(UserWarning, match=reason):
+        folded = convert(model, fold_batch_norm=True)
+    assert torch.equal(folded(x), convert(model)(x))
+
+
+class Counting:
+    """What has a buffer, and containers that it changes in place."""
+
+    def count(self):
+        self.register_buffer("calls", torch.zeros(()))
+        self.inputs, self.by_name, self.seen = [1], {"inputs": (["a"],)}, {2}
+        return self
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        self.inputs.append(x)
+        self.by_name["inputs"][0].append(x)
+        self.by_name["last"] = x
+        self.seen.add(x)
+        return self.compute(x)
+
+
+class CountingLayer(Counting, nn.Conv2d):
+    def compute(self, x):
+        return F.conv2d(x, self.weight, self.bias)
+
+
+class CountingNet(Counting, nn.Sequential):
+    def compute(self, x):
+        return nn.Sequential.forward(self, x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Net(plainly, conv=CountingLayer(3, 3, 1).count()),
+        lambda: CountingNet(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).count(),
+    ],
+)
+def test_buffers_and_containers_are_left_as_they_were(make):
+    x = torch.randn(4, 3, 5, 5)
+    model = calibrated(make(), x)
+    (counting,) = (m for m in model.modules() if hasattr(m, "by_name"))
+    counting.inputs, counting.by_name, counting.seen = [1], {"inputs": (["a"],)}, {2}
+    folded = integer_model(model, fold_batch_norm=True)
+    assert folded.folding.into
+    (counting,) = (m for m in folded.module.modules() if hasattr(m, "by_name"))
+    assert torch.equal(counting.calls, torch.ones(()))  # the calibration's
+    assert counting.inputs == [1]
+    assert counting.by_name == {"inputs": (["a"],)}
+    assert counting.seen == {2}
+
+
+def test_a_file_that_was_folded_does_not_fit_where_the_norm_is_another_module(tmp_path):
+    x, layers = torch.randn(4, 3, 5, 5), lambda norm: nn.Sequential(nn.Conv2d(3, 3, 1), norm, nn.Conv2d(3, 3, 1))
+    save_packed(calibrated(layers(nn.BatchNorm2d(3)), x), tmp_path / "m.safetensors", fold_batch_norm=True)
+    load_packed(tmp_path / "m.safetensors", layers(nn.BatchNorm2d(3)))
+    with pytest.raises(ValueError, match="does not fit Sequential: '1', folded into '0', is no batch norm, but ReLU"):
+        load_packed(tmp_path / "m.safetensors", layers(nn.ReLU()))
