@@ -50,8 +50,8 @@ def batch_norm_divergence(mean: Tensor, var: Tensor, running_mean: Tensor, runni
     Returns:
         Divergences in nats, [C]; 0 where two variances of 0 have one mean, huge where only the running one is 0.
     """
-    tiny = torch.finfo(var.dtype).tiny
-    ratio = var.clamp_min(tiny) / running_var.clamp_min(tiny)
+    tiny, huge = torch.finfo(var.dtype).tiny, torch.finfo(var.dtype).max
+    ratio = (var.clamp_min(tiny) / running_var.clamp_min(tiny)).clamp_max(huge)
     return 0.5 * (ratio - ratio.log() - 1.0 + (mean - running_mean).square() / running_var.clamp_min(tiny))
 
 
@@ -101,6 +101,8 @@ def batch_statistics(layers: list[_BatchNorm]) -> Iterator[list[_Moments]]:
     try:
         for layer, m in zip(layers, moments):
             layer.train()
+            if not layer.training:  # frozen by a train() of its own, and to normalise as it does in training
+                continue
             layer.momentum = 1.0
             layer.reset_running_stats()  # a stale NaN would survive the multiplication by 0
 

@@ -83,6 +83,7 @@ class Calibrator:
         }
         self._trainable = trainable or set(self._layers)
         self._observed: dict[tuple[str, str], _Observed] = {}  # by layer and argument
+        self._same: set[tuple[str, str]] = set()  # arguments that were the same tensor as one before them
         self._called: dict[str, None] = {}  # in the order of first calls
         self._flow = FollowsOutputs()
         self._followed = False
@@ -130,8 +131,10 @@ class Calibrator:
         for i, argument in enumerate(layer.argument_quantizers):
             x = args[i] if i < len(args) else kwargs.get(argument)
             x = x.data if isinstance(x, PackedSequence) else x
-            if not isinstance(x, Tensor) or any(x is other for other in seen):
-                continue  # one tensor is quantized once
+            if any(x is other for other in seen):
+                self._same.add((name, argument))  # one tensor is quantized once
+            if not isinstance(x, Tensor) or (name, argument) in self._same:
+                continue
             seen.append(x)
             observed = self._observed.setdefault((name, argument), _Observed())
             if x.is_floating_point() and x.numel() > 0:
@@ -282,8 +285,11 @@ class Calibrator:
         if name not in self._called and any(q.bits is not None for q in inputs.values()):
             yield "it was not called during calibration, so its input stays in full precision"
         for argument, q in inputs.items():
-            observed = self._observed.get((name, argument))
-            word = None if observed is None or q.bits is None else self._calibrate_input(q, observed)
+            observed, word = self._observed.get((name, argument)), None
+            if q.bits is not None and observed is not None:
+                word = self._calibrate_input(q, observed)
+            elif q.bits is not None and name in self._called and (name, argument) not in self._same:
+                word = f"its input {argument} was no tensor during calibration and stays in full precision"
             if word is not None:
                 yield word
             if not q.calibrated:

@@ -298,6 +298,8 @@ def fake_quantize(
         raise TypeError(f"scale must be a tensor, got {scale!r}: torch.tensor([{scale!r}]) for one scale")
     if quant_min > quant_max:
         raise ValueError(f"quant_min must be at most quant_max, {quant_max}, got {quant_min}")
+    if scale.dim() == 0:
+        scale = scale.view(1)  # torch would compute in the dtype of x, whatever that of a number
     if x.dim() == 0 and scale.shape == (1,):
         return fake_quantize(x.view(1), scale, quant_min, quant_max, zero_point=zero_point, fused=fused).view(())
     limits = quant_min - zero_point, quant_max - zero_point
@@ -350,6 +352,9 @@ def quantize_to_int(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, *,
     Returns:
         int8 integers of the shape of ``x`` (uint8 where ``quant_max`` is above 127).
     """
+    if x.dim() == 0 and scale.numel() == 1:
+        return quantize_to_int(x.view(1), scale, quant_min, quant_max, zero_point=zero_point).view(())
+    scale = scale.view(1) if scale.dim() == 0 else scale
     n, p = quant_min - zero_point, quant_max - zero_point
     dtype = torch.int8 if quant_max <= 127 else torch.uint8
     return (x / scale).round_().clamp_(n, p).add_(zero_point).to(dtype)

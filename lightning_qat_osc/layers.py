@@ -135,7 +135,10 @@ def _attention_weights(layer: nn.Module) -> tuple[str, ...]:
 
 
 def _recurrent_weights(layer: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, _ in layer.named_parameters(recurse=False) if name.startswith("weight_"))
+    if isinstance(layer, nn.RNNCellBase):
+        return "weight_ih", "weight_hh"
+    assert isinstance(layer, nn.RNNBase)
+    return tuple(name for name in layer._flat_weights_names if name.startswith("weight_"))  # computed ones, too
 
 
 def _transformers_conv1d() -> tuple[type[nn.Module], ...]:

@@ -6,6 +6,7 @@ They add up in double precision; for a device without it, ``metric.set_dtype(tor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class _MeanOverWeights(Metric):
 
     Args:
         layers: Names of the layers, the keys of what :meth:`update` is given; at least one.
+        what: Other arguments, in which metrics of one class differ.
 
     Raises:
         TypeError: If it is one name, not a sequence of them.
@@ -31,15 +33,16 @@ class _MeanOverWeights(Metric):
 
     full_state_update = False
 
-    def __init__(self, layers: Sequence[str]) -> None:
+    def __init__(self, layers: Sequence[str], *what: float) -> None:
         super().__init__()
         if isinstance(layers, str):
             raise TypeError(f"layers must be a sequence of names, got {layers!r}")
         self.layers = list(layers)
         if not self.layers:
             raise ValueError("layers must name at least one tracked layer, got none")
-        # named by the class: in a MetricCollection, metrics whose states are equal at first share one computation
-        self._sums, self._counts = (f"{type(self).__name__}_{what}" for what in ("sums", "counts"))
+        # named by what they are of: in a MetricCollection, metrics whose states are equal at first are made one
+        own = f"{type(self).__name__}_{crc32(repr((self.layers, what)).encode()):08x}"
+        self._sums, self._counts = f"{own}_sums", f"{own}_counts"
         for name in (self._sums, self._counts):
             self.add_state(name, torch.zeros(len(self.layers), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -99,8 +102,8 @@ class OscillatingShare(_MeanOverWeights):
     """
 
     def __init__(self, layers: Sequence[str], threshold: float = 0.005) -> None:
-        super().__init__(layers)
         check_number("threshold", threshold, low=0.0, high=1.0)
+        super().__init__(layers, threshold)
         self.threshold = threshold
 
     def _sum(self, state: OscillationState) -> Tensor:

@@ -225,7 +225,7 @@ def _make_class(layer_class: Any) -> type[nn.Module]:
     }
     for parent in layer_class.__mro__:
         for name, value in vars(parent).items():
-            if isinstance(value, property) and name.startswith("weight"):
+            if isinstance(value, property) and "weight" in name:
                 attributes.setdefault(name, _substitutable(name, value))
     return type(f"Quantized{layer_class.__name__}", bases, attributes)
 

@@ -22,7 +22,8 @@ RangeMethod = Literal["mse", "minmax", "percentile", "lsq"]
 
 _TAIL = 0.001  # what the percentile range leaves out at each end
 _HISTOGRAM_BINS = 2048
-_COARSE, _FINE = 40, 16  # candidates of the MSE search
+_COARSE, _SMALL, _FINE = 40, 20, 16  # candidates of the MSE search
+_RATIO = 0.8  # of neighbours among the small ones
 
 
 class _Weighted(NamedTuple):
@@ -42,7 +43,7 @@ def _compress(x: Tensor) -> _Weighted:
     index = ((x - low) / width).to(torch.int64).clamp_(0, _HISTOGRAM_BINS - 1)
     index += _HISTOGRAM_BINS * torch.arange(groups, device=x.device).unsqueeze(1)
     counts = torch.bincount(index.flatten(), minlength=groups * _HISTOGRAM_BINS).view(groups, -1)
-    centres = low + width * (torch.arange(_HISTOGRAM_BINS, device=x.device) + 0.5)
+    centres = low + width * (torch.arange(_HISTOGRAM_BINS, device=x.device, dtype=x.dtype) + 0.5)
     return _Weighted(centres, counts.to(x.dtype))
 
 
@@ -84,9 +85,12 @@ def _mse_scale(weighted: _Weighted, covering: Tensor, quant_min: int, quant_max:
 
     for k in range(1, _COARSE + 1):
         consider(torch.full_like(covering, k / _COARSE))
-    coarse_share = best_share
+    for k in range(1, _SMALL + 1):  # where a few outliers are far from all others
+        consider(torch.full_like(covering, _RATIO**k / _COARSE))
+    coarse_share, small = best_share, best_share < 1.0 / _COARSE
     for k in range(1, _FINE + 1):
-        consider(coarse_share + (2.0 * k / (_FINE + 1) - 1.0) / _COARSE)
+        offset = 2.0 * k / (_FINE + 1) - 1.0
+        consider(coarse_share + torch.where(small, offset * (1.0 - _RATIO) * coarse_share, offset / _COARSE))
     return covering * best_share
 
 

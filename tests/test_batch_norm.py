@@ -116,6 +116,9 @@ def test_variances_of_zero():
     zero, one = torch.zeros(1), torch.ones(1)
     assert batch_norm_divergence(one, zero, one, zero) == 0
     assert batch_norm_divergence(one, zero, zero, zero) > 1e30
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        none = torch.zeros(1, dtype=dtype)
+        assert batch_norm_divergence(none, none + 100.0, none, none) >= 0.4 * torch.finfo(dtype).max
     assert batch_norm_divergence(one, zero, one, one).isfinite().all()
     bn = nn.BatchNorm1d(2)
     bn.running_var.zero_()
@@ -153,6 +156,24 @@ def test_passes_in_evaluation_mode_estimate_nothing():
     together = torch.cat(batches)
     assert torch.allclose(net[0].running_mean, together.mean(0))
     assert torch.allclose(net[0].running_var, together.var(0))
+
+
+class Frozen(nn.BatchNorm1d):
+    """Stays in evaluation mode, as frozen backbones do."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+def test_a_layer_that_stays_in_evaluation_mode_normalises_as_it_does():
+    net, batches = nn.Sequential(Frozen(3), nn.Tanh(), nn.BatchNorm1d(3)), [torch.randn(8, 3) for _ in range(4)]
+    net[0].running_mean.fill_(2.0), net[0].running_var.fill_(9.0)
+    net.train()
+    reestimate_batch_norm(net, batches)
+    assert torch.equal(net[0].running_mean, torch.full((3,), 2.0))
+    seen = net[1](net[0](torch.cat(batches)))
+    assert torch.allclose(net[2].running_mean, seen.mean(0), atol=1e-6)
+    assert torch.allclose(net[2].running_var, seen.var(0))
 
 
 def test_channels_elsewhere():

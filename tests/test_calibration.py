@@ -118,6 +118,19 @@ def test_input_that_is_always_zero_is_told():
     assert net(torch.randn(2, 4)).isfinite().all()
 
 
+def test_an_input_that_is_no_tensor_is_told():
+    class Summed(nn.Linear):
+        def forward(self, parts):
+            return super().forward(sum(parts))
+
+    model = nn.Sequential(Summed(4, 4))
+    words = calibrate(model, QuantConfig(4, 4, first_last_bits=None), [[torch.randn(3, 4), torch.randn(3, 4)]])
+    assert words == [
+        "Layer '0': its input parts was no tensor during calibration and stays in full precision.",
+    ]
+    assert not model[0].input_quantizer.active
+
+
 def test_hooks_are_gone_after_an_exception():
     net = Net()
     quantize_model(net, QuantConfig())

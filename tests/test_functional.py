@@ -378,3 +378,15 @@ def test_one_number_stays_one_number(fused):
     assert x.grad.item() == 1.0
     assert scale.grad.tolist() == pytest.approx([0.4], abs=1e-5)
     assert fake_quantize(x, torch.tensor([0.1, 0.2]), -4, 3, fused=fused).tolist() == pytest.approx([0.3, 0.2])
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_compiler)])
+def test_a_scale_without_dimensions_is_one_scale(fused):
+    x, scale = torch.randn(300, 300).bfloat16(), torch.tensor(0.0123, requires_grad=True)
+    whole = torch.tensor([0.0123], requires_grad=True)
+    out, expected = (fake_quantize(x, s, -128, 127, fused=fused) for s in (scale, whole))
+    assert torch.equal(out, expected)
+    out.float().square().sum().backward(), expected.float().square().sum().backward()
+    assert torch.equal(scale.grad, whole.grad.view(()))
+    assert torch.equal(*(quantize_to_int(x, s.detach(), -128, 127) for s in (scale, whole)))
+    assert quantize_to_int(torch.tensor(0.5), torch.tensor([0.1]), -8, 7).shape == ()

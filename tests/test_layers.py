@@ -325,6 +325,58 @@ def test_computed_weights_are_quantized_and_named(norm):
     assert model(x).shape == (3, 6)
 
 
+COMPUTED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "old weight_norm": nn.utils.weight_norm,
+    "pruned": lambda layer, name: torch.nn.utils.prune.l1_unstructured(layer, name, 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning", RECURRENT)
+@pytest.mark.parametrize("norm", COMPUTED.values(), ids=COMPUTED.keys())
+@pytest.mark.parametrize("make", [nn.GRUCell, nn.LSTM])
+def test_computed_weights_of_recurrent_layers(make, norm):
+    x = torch.randn(5, 6)
+    suffix = "" if make is nn.GRUCell else "_l0"
+    layer = make(6, 8)
+    for name in (f"weight_ih{suffix}", f"weight_hh{suffix}"):
+        norm(layer, name)
+    model = nn.Sequential(layer)
+    with pytest.warns(UserWarning, match=f"computes its weight_ih{suffix}, weight_hh{suffix} from other parameters"):
+        quantize_model(model, CONFIG)
+    calibrated(model, (x,))
+    assert list(layer.weight_quantizers()) == [f"weight_ih{suffix}", f"weight_hh{suffix}"]
+    assert quantized_weights(model) == []
+    plain = make(6, 8)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            latent = getattr(layer, name)
+            parameter.copy_(on_grid(getattr(layer, f"{name}_quantizer"), latent) if "weight" in name else latent)
+    expected, out = plain(on_grid(layer.input_quantizer, x)), model(x)
+    if make is nn.LSTM:
+        expected, out = expected[0], out[0]
+    assert torch.allclose(out, expected, atol=1e-6)
+    out.sum().backward()
+    assert all(q.scale.grad is not None for q in layer.quantizers())
+
+
+@pytest.mark.filterwarnings("ignore:ParametrizedMultiheadAttention.*stay in full precision")
+def test_a_computed_weight_of_attention():
+    model, x = nn.utils.parametrizations.weight_norm(attention(), "in_proj_weight"), torch.randn(3, 5, 8)
+    with pytest.warns(UserWarning, match="computes its in_proj_weight from other parameters"):
+        quantize_model(model, CONFIG)
+    calibrated(model, (x, x, x))
+    plain = attention()
+    with torch.no_grad():
+        plain.in_proj_weight.copy_(on_grid(model.in_proj_weight_quantizer, model.in_proj_weight))
+        plain.out_proj.weight.copy_(model.out_proj.weight)
+    model.out_proj.weight_quantizer.calibrated = model.out_proj.input_quantizer.calibrated = False
+    inside = on_grid(model.query_quantizer, x)
+    assert torch.allclose(model(x, x, x)[0], plain(inside, inside, inside)[0], atol=1e-6)
+    model(x, x, x)[0].sum().backward()
+    assert model.in_proj_weight_quantizer.scale.grad is not None
+
+
 def test_what_a_forward_of_its_own_makes_of_the_weight_is_told():
     class WeightStandardised(nn.Conv2d):
         def forward(self, x):

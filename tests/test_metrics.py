@@ -40,6 +40,22 @@ def test_in_a_collection_each_is_itself(states):
     assert means == pytest.approx([0.25, 0.5, 0.0525])
 
 
+def test_metrics_of_one_class_in_a_collection_are_their_own(states):
+    collection = MetricCollection(
+        {
+            "paper": OscillatingShare(["a"]),
+            "often": OscillatingShare(["a"], threshold=0.1),
+            "first": OscillationFrequency(["a"]),
+            "second": OscillationFrequency(["b.c"]),
+        }
+    )
+    collection.update({name: OscillationState(state.weight_int) for name, state in states.items()})  # nothing yet
+    collection.reset()
+    collection.update(states)
+    totals = {name: collection[name].compute()[""].item() for name in ("paper", "often", "first", "second")}
+    assert totals == pytest.approx({"paper": 0.5, "often": 0.25, "first": 0.0525, "second": 0.1})
+
+
 def test_threshold(states):
     share = OscillatingShare(["a"], threshold=0.1)
     share.update(states)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -21,6 +23,25 @@ def test_mse_is_within_a_percent_of_a_brute_force_search(bits, size, tails):
     covering = (x.abs().max() / p).item()
     best = min(mean_squared_error(x, torch.tensor([covering * k / 1000]), n, p) for k in range(5, 1001, 5))
     assert found <= best * 1.01
+
+
+@pytest.mark.parametrize(("bits", "size", "outlier"), [(2, 200_000, 200.0), (3, 200_000, 400.0), (4, 600_000, 700.0)])
+def test_one_huge_value_does_not_take_the_grid_from_all_others(bits, size, outlier):
+    n, p = integer_grid(bits, signed=True)
+    x = torch.cat([torch.randn(size), torch.tensor([outlier])])
+    found = mean_squared_error(x, estimate_scale(x.unsqueeze(0), n, p, "mse"), n, p)
+    scales = torch.logspace(-2, math.log10(outlier), 200)
+    assert found <= min(mean_squared_error(x, scale, n, p) for scale in scales) * 1.05
+
+
+def test_the_default_dtype_does_not_coarsen_a_search():
+    x = torch.randn(1, 20_000)
+    expected = estimate_scale(x, -128, 127)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(estimate_scale(x, -128, 127), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_rows_are_estimated_as_if_alone():
