@@ -83,7 +83,7 @@ class Calibrator:
         }
         self._trainable = trainable or set(self._layers)
         self._observed: dict[tuple[str, str], _Observed] = {}  # by layer and argument
-        self._same: set[tuple[str, str]] = set()  # arguments that were the same tensor as one before them
+        self._same: set[tuple[str, str]] = set()  # arguments that were, in some call, the tensor of one before them
         self._called: dict[str, None] = {}  # in the order of first calls
         self._flow = FollowsOutputs()
         self._followed = False
@@ -132,8 +132,9 @@ class Calibrator:
             x = args[i] if i < len(args) else kwargs.get(argument)
             x = x.data if isinstance(x, PackedSequence) else x
             if any(x is other for other in seen):
-                self._same.add((name, argument))  # one tensor is quantized once
-            if not isinstance(x, Tensor) or (name, argument) in self._same:
+                self._same.add((name, argument))
+                continue  # one tensor is quantized once
+            if not isinstance(x, Tensor):
                 continue
             seen.append(x)
             observed = self._observed.setdefault((name, argument), _Observed())
@@ -199,7 +200,8 @@ class Calibrator:
             and isinstance(self._layers[name], QuantizedLayer)
         ]
         followers = [name for name in fixed if name in copies]
-        others = [name for name in fixed if _child(name) not in {_child(follower) for follower in followers}]
+        beside = {_child(name) for name in followers}
+        others = [name for name in fixed if _child(name) not in beside]
         leave_out = "in full precision with LayerRule(pattern='{}', weight_bits=None, activation_bits=None)."
         if others:
             yield (

@@ -131,6 +131,22 @@ def test_an_input_that_is_no_tensor_is_told():
     assert not model[0].input_quantizer.active
 
 
+def test_an_argument_is_observed_where_it_is_a_tensor_of_its_own():
+    class BothWays(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = nn.Bilinear(4, 4, 4)
+
+        def forward(self, x):
+            return self.pair(x, x) + self.pair(x, 3.0 * x)
+
+    model = BothWays()
+    assert calibrate(model, QuantConfig(4, 4, first_last_bits=None), [torch.randn(64, 4)]) == []
+    first, second = model.pair.input_quantizers().values()
+    assert second.active
+    assert second.scale > 2.0 * first.scale
+
+
 def test_hooks_are_gone_after_an_exception():
     net = Net()
     quantize_model(net, QuantConfig())

@@ -18,6 +18,7 @@ __all__ = ["independent"]
 
 _SHARED = (type, nn.Module, pl.Trainer, pl.LightningDataModule, *GENERATORS)
 _DEPTH = 5  # attributes of attributes, and so on
+_LONGEST_ORDER = 2**24  # numbers of samples, and no stream of tokens
 _FEW = 64  # what a container of more holds are samples, files or indices
 
 
@@ -55,13 +56,16 @@ def _copied(thing: Any, copies: dict[int, Any], depth: int) -> Any:
     if id(thing) in copies or depth == 0 or isinstance(thing, _SHARED):
         return copies.get(id(thing), thing)
     if isinstance(thing, (Tensor, np.ndarray)):
-        return copy.deepcopy(thing) if thing.ndim == 1 else thing  # an order, which may be shuffled, or data
+        is_order = thing.ndim == 1 and len(thing) <= _LONGEST_ORDER and not isinstance(thing, np.memmap)
+        return copy.deepcopy(thing) if is_order else thing  # which may be shuffled in place; else it is data
     # transforms and tokenizers are only called; what hands on attributes cannot be copied before it has its own
     iterates = hasattr(thing, "__iter__") or hasattr(thing, "__getitem__")
     attributes = getattr(thing, "__dict__", None)
     container = isinstance(thing, (MutableSequence, MutableMapping, MutableSet))
     if not container and (attributes is None or not iterates or hasattr(type(thing), "__getattr__")):
         return thing
+    if hasattr(type(thing), "__del__"):
+        return thing  # the end of a copy would close what it shares: files, databases, workers
     try:
         found = copies[id(thing)] = copy.copy(thing)
     except Exception:  # of whatever a loader may be made of

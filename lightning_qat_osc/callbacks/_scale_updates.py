@@ -68,9 +68,8 @@ class _LogSteps:
         for i, group in enumerate(self._optimizer.param_groups):
             if i == len(self.peaks):
                 self.peaks.append(known_peak)
-            rates = (
-                float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr")
-            )  # None: the optimizer's affair
+            # None where an optimizer finds its learning rate by itself
+            rates = (float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
             self.peaks[i] = max(self.peaks[i], *rates)
             share = min(1.0, float(group["lr"] or 0.0) / self.peaks[i]) if self.peaks[i] > 0.0 else 1.0
             shares.update(dict.fromkeys(map(id, group["params"]), share))

@@ -46,10 +46,11 @@ def _share_of_rank(trainer: pl.Trainer, loaders: Sequence[Any], num_batches: int
     Each takes as many, where there are enough for all. A loader without a length is left to its author.
     """
     sizes = [len(loader) for loader in loaders if isinstance(loader, Sized)]
-    world = trainer.world_size
+    replicas = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}  # fewer than ranks if these share
+    world = replicas["num_replicas"]
     if len(sizes) < len(loaders) or max(sizes, default=0) < world:
         return slice(num_batches)
-    return slice(trainer.global_rank, world * min(num_batches, max(sizes) // world), world)
+    return slice(replicas["rank"], world * min(num_batches, max(sizes) // world), world)
 
 
 def training_batches(

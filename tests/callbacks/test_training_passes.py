@@ -1,5 +1,6 @@
 """Passes over training batches leave no trace in training."""
 
+import gc
 import random
 import warnings
 from itertools import chain, islice
@@ -26,6 +27,7 @@ from torch.utils.data import (
 from torchmetrics import MeanMetric, MinMaxMetric
 
 from lightning_qat_osc import BatchNormReestimation, QuantizationAwareTraining
+from lightning_qat_osc.callbacks._loader_copies import independent
 from lightning_qat_osc.callbacks._training_batches import _share_of_rank
 
 
@@ -273,19 +275,58 @@ def test_loaders_give_training_the_same_batches_as_without_passes(make):
     assert seen[0] == seen[1]
 
 
+class Stream(IterableDataset):
+    """Closes its store when it ends, and has more data than order."""
+
+    def __init__(self, path):
+        self.store, self.order = {"open": True}, np.arange(16)
+        self.tokens, self.long = np.memmap(path, np.uint16, "w+", shape=(64,)), torch.empty(2**24 + 1, dtype=torch.int8)
+
+    def __iter__(self):
+        return iter(self.order)
+
+    def __del__(self):
+        self.store["open"] = False
+
+
+def test_what_a_copy_leaves_alone(tmp_path):
+    closing = DataLoader(Stream(tmp_path / "tokens"), 8)
+    assert independent(closing).dataset is closing.dataset
+    gc.collect()
+    assert closing.dataset.store["open"]
+
+    class Plain(IterableDataset):
+        def __init__(self, of):
+            vars(self).update(vars(of))
+
+        def __iter__(self):
+            return iter(self.order)
+
+    plain = DataLoader(Plain(closing.dataset), 8)
+    copied = independent(plain).dataset
+    assert copied is not plain.dataset
+    assert copied.order is not plain.dataset.order
+    assert copied.tokens is plain.dataset.tokens
+    assert copied.long is plain.dataset.long
+
+
+def of_three(rank):
+    return SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 3, "rank": rank})
+
+
 @pytest.mark.parametrize("batches", [5, 6, 100])
 @pytest.mark.parametrize("num_batches", [1, 2, 50])
 def test_outside_fit_ranks_take_as_many_batches_each_and_none_twice(batches, num_batches):
     taken = []
     for rank in range(3):
-        share = _share_of_rank(SimpleNamespace(world_size=3, global_rank=rank), [range(2), range(batches)], num_batches)
+        share = _share_of_rank(of_three(rank), [range(2), range(batches)], num_batches)
         taken.append(list(islice(range(batches), share.start, share.stop, share.step)))
     assert {len(own) for own in taken} == {min(num_batches, batches // 3)}
     assert len(set(chain(*taken))) == len(list(chain(*taken)))
 
 
 def test_outside_fit_ranks_share_what_is_too_little_for_all():
-    shares = [_share_of_rank(SimpleNamespace(world_size=3, global_rank=r), [range(2)], 5) for r in range(3)]
+    shares = [_share_of_rank(of_three(rank), [range(2)], 5) for rank in range(3)]
     assert shares == [slice(5)] * 3
 
 
