@@ -25,7 +25,7 @@ def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: 
     """
     if os.path.isdir(path):
         raise ValueError(
-            f"{path} must be a file, and is a folder of shards: put them together with "
+            f"the checkpoint must be a file, and {path} is a folder of shards: put them together with "
             "`python -m lightning.fabric.utilities.consolidate_checkpoint`, or train with "
             "ModelParallelStrategy(save_distributed_checkpoint=False)"
         )

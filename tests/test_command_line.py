@@ -302,7 +302,7 @@ def test_a_part_of_a_module_with_arguments_and_shared_weights(tmp_path, capsys):
         (["inspect", "half.ckpt"], "half.ckpt is damaged"),
         (["inspect", "short.ckpt"], "short.ckpt is damaged"),
         (["inspect", "numbered.pt"], "numbered.pt must be a checkpoint or a state_dict, and holds a dict"),
-        (["inspect", "."], "must be a file, and is a folder of shards"),
+        (["inspect", "."], "the checkpoint must be a file, and . is a folder of shards"),
         *(
             (["compare", "state.ckpt", "--module", "models.ConvModule", "--data", name], f"{name} is damaged")
             for name in ("cut.npz", "empty.npy", "empty.npz")
