@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import authors
+import from_paper
 import lightning as L
 import peers
 import torch
@@ -66,8 +66,8 @@ def measure(workload: Workload) -> str:
         "everything on, compiled": lambda: Steps(workload, compiled(), everything()),
         "torchao PT2E": lambda: Steps(workload, peers.torchao(workload.network(), batch)),
         "Brevitas": lambda: Steps(workload, peers.brevitas(workload.network(), batch)),
-        "authors' LSQ, tracking and freezing": lambda: Steps(
-            workload, authors.prepare(workload.network(), batch, tracked=True)
+        "the paper's LSQ, tracking and freezing, plain": lambda: Steps(
+            workload, from_paper.prepare(workload.network(), batch, tracked=True)
         ),
     }
     held = 2 * sum(p.numel() for p in workload.network().parameters()) * 4  # parameters and momentum

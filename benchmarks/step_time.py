@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
-import authors
+import from_paper
 import lightning as L
 import peers
 import torch
@@ -24,7 +24,11 @@ from training import Steps, everything
 Make = Callable[[Workload, torch.memory_format], Steps]
 
 
-BASELINE, BASELINE_COMPILED, COMPILED = "full precision", "full precision, compiled", "everything on, compiled"
+BASELINE, BASELINE_COMPILED, COMPILED = (
+    "full precision",
+    "full precision, compiled",
+    "everything on, fused=True, compiled",
+)
 
 
 def _network(workload: Workload, memory_format: torch.memory_format, *, compiled: bool = False) -> nn.Module:
@@ -65,8 +69,8 @@ CONTENDERS: dict[str, Make] = {
     "everything on, fused=True, recompute=True": _ours(partial(everything, fused=True, recompute=True)),
     "torchao PT2E": _peer(peers.torchao),
     "Brevitas": _peer(peers.brevitas),
-    "authors' LSQ": _peer(partial(authors.prepare, tracked=False)),
-    "authors' LSQ, tracking and freezing": _peer(partial(authors.prepare, tracked=True)),
+    "the paper's LSQ, plain": _peer(partial(from_paper.prepare, tracked=False)),
+    "the paper's LSQ, tracking and freezing, plain": _peer(partial(from_paper.prepare, tracked=True)),
     BASELINE_COMPILED: _ours(compiled=True),
     COMPILED: _ours(partial(everything, fused=True), compiled=True),
 }

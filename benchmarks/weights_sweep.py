@@ -1,4 +1,4 @@
-"""Tracking, dampening and freezing of many weights, without a network: a step, against optimizers and the authors'.
+"""Tracking, dampening and freezing of many weights, without a network: a step, against optimizers and the paper's.
 
 ``python benchmarks/weights_sweep.py`` prints a table for 25 million weights in layers of about a million, of four
 million and in one, and the cost per weight from 1 to 100 million.
@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from authors import PlainTracker
+from from_paper import PlainTracker
 from racing import machine, race, table, timed
 from torch import nn
 
@@ -75,7 +75,7 @@ def compare(layers: int, width: int, rounds: int) -> str:
             "one copy of the weights": timed(copy),
             "tracking, dampening and freezing": timed(sweep(weights, False)),
             "the same, fused=True": timed(sweep(weights, True)),
-            "authors' tracker with freezing": timed(plain),
+            "the paper's tracker with freezing, plain": timed(plain),
         },
         rounds,
         warmup=2,

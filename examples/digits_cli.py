@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import lightning as L
+import torch
 from digits import SeparableNet, digits
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
@@ -18,11 +19,14 @@ class DigitsModule(L.LightningModule):
 
     Args:
         label_smoothing: Of the cross entropy.
+        float_checkpoint: Checkpoint of a run in full precision to start from.
     """
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    def __init__(self, label_smoothing: float = 0.0, float_checkpoint: str | None = None) -> None:
         super().__init__()
         self.network: nn.Module = SeparableNet()
+        if float_checkpoint is not None:
+            self.load_state_dict(torch.load(float_checkpoint, weights_only=True)["state_dict"])
         self.label_smoothing = label_smoothing
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

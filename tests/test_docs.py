@@ -1,10 +1,13 @@
 """What the documentation names is there: tests, and the files that it links to."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+import lightning_qat_osc
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
@@ -69,3 +72,28 @@ def test_what_is_not_there_is_found():
     ]
     assert [row.split()[-2] for row in rows_without_a_test(MADE_UP)] == ["hand"]
     assert broken_links(MADE_UP, ROOT / "docs") == ["architektur.md", "images/none.png"]
+
+
+def documented_defaults(card: str) -> dict[str, object]:
+    """Argument -> default, of the table below "## Arguments"."""
+    section = card.partition("## Arguments\n")[2].partition("\n## ")[0]
+    return {name: ast.literal_eval(value) for name, value in re.findall(r"^\| `(\w+)` \| `(.+?)` \|", section, re.M)}
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lightning_qat_osc.BatchNormReestimation,
+        lightning_qat_osc.IterativeFreezing,
+        lightning_qat_osc.ModelExport,
+        lightning_qat_osc.OscillationDampening,
+        lightning_qat_osc.OscillationTracking,
+        lightning_qat_osc.QuantizationAwareTraining,
+    ],
+)
+def test_a_callbacks_page_has_its_arguments_and_their_defaults(callback):
+    page = re.sub(r"(?<!^)(?=[A-Z])", "_", callback.__name__).lower()
+    parameters = inspect.signature(callback).parameters.values()
+    assert documented_defaults((ROOT / "docs" / "callbacks" / f"{page}.md").read_text()) == {
+        p.name: p.default for p in parameters
+    }

@@ -1,4 +1,4 @@
-"""The paper's algorithm as its authors run it, written plainly from the text: the baseline of the benchmarks.
+"""The paper's algorithm written plainly from its text, a baseline of the benchmarks. Its authors' code was not run.
 
 Tracking happens in the forward pass on full-sized temporaries; arXiv 2203.11086, Secs. 4.1 and 4.3 and Algorithm 1.
 """
