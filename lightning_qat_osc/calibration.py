@@ -23,7 +23,8 @@ from lightning_qat_osc.surgery import quantizable_layers
 
 __all__ = ["Calibrator"]
 
-_SAMPLE_PER_BATCH = 2**16  # elements of each layer's input that are kept of a forward pass
+_SAMPLE_PER_CALL = 2**16  # elements of each layer's input that are kept of a forward pass
+_SAMPLE = 2**18  # and of all forward passes, of all ranks
 
 
 @dataclass
@@ -34,18 +35,26 @@ class _Observed:
     lows: list[Tensor] = field(default_factory=list)
     highs: list[Tensor] = field(default_factory=list)
     finite: list[Tensor] = field(default_factory=list)
+    every: int = field(default=1, kw_only=True)  # element of a call's sample is kept: fewer, the more calls there are
 
     def add(self, x: Tensor) -> None:
         flat = x.detach().flatten()
         is_finite = flat.isfinite().all()
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         # an odd stride does not fall in step with channels or pixels, of which there is mostly an even number
-        stride = -(-flat.numel() // _SAMPLE_PER_BATCH) | 1
-        self.samples.append(flat[::stride].clone())
+        stride = -(-flat.numel() // _SAMPLE_PER_CALL) | 1
+        self.samples.append(flat[:: stride * self.every].clone())
+        self.thin_out(_SAMPLE)
         flat = flat.nan_to_num(0.0, 0.0, 0.0)
         self.lows.append(flat.amin())
         self.highs.append(flat.amax())
         self.finite.append(is_finite)
+
+    def thin_out(self, most: int) -> None:
+        """Keep at most so many elements, as large a share of each call."""
+        while sum(map(len, self.samples)) > max(most, len(self.samples)):
+            self.every *= 3  # odd, as the strides are
+            self.samples = [sample[::3].clone() for sample in self.samples]
 
     def extend(self, other: _Observed) -> None:
         self.samples += other.samples
@@ -315,6 +324,8 @@ class Calibrator:
 
     def _gather(self) -> None:
         """Give every rank what all ranks observed, in the order of the ranks."""
+        for seen in self._observed.values():
+            seen.thin_out(_SAMPLE // dist.get_world_size())
         observed = {key: seen.to("cpu") for key, seen in self._observed.items()}
         mine = (self._first, self._last, self._called, observed)
         ranks: list[Any] = [None] * dist.get_world_size()

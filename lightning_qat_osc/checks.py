@@ -122,7 +122,7 @@ def check_module(name: str, value: object) -> None:
 
 
 def check_function(name: str, value: object) -> None:
-    """Refuse what cannot be called; None is no function.
+    """Refuse what cannot be called, but for None, which stands for no function.
 
     Raises:
         TypeError: If it cannot.

@@ -27,7 +27,7 @@ from lightning_qat_osc.export.formats import SUFFIXES, ExportFormat, export_mode
 from lightning_qat_osc.export.packed import load_packed
 from lightning_qat_osc.export.pt2e import register_operators
 from lightning_qat_osc.files import read_tensors
-from lightning_qat_osc.loading import config_of_checkpoint, load_quantized
+from lightning_qat_osc.loading import config_of_checkpoint, load_with_arguments
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.tables import table
 
@@ -175,13 +175,13 @@ def _load(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     unknown = options.module_args.keys() - {p.name for p in parameters}
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         raise ValueError(f"--module-args must be arguments of {options.module}, got {', '.join(sorted(unknown))}")
-    module = load_quantized(
+    module = load_with_arguments(
         module_class,
         options.checkpoint,
+        options.module_args,
         config_of_checkpoint(checkpoint) or config_of_state(state),
         map_location="cpu",
         weights_only=not options.trusted,
-        **options.module_args,
     ).eval()
     return module, module if options.network is None else module.get_submodule(options.network)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Mapping
+from inspect import signature
 from os import PathLike
 from typing import Any, TypeVar, cast
 
@@ -13,7 +16,7 @@ from lightning_qat_osc.files import read_tensors
 from lightning_qat_osc.rules import bits_differences
 from lightning_qat_osc.surgery import quantize_model
 
-__all__ = ["config_of_checkpoint", "load_quantized"]
+__all__ = ["config_of_checkpoint", "load_quantized", "load_with_arguments"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -36,8 +39,10 @@ def load_quantized(
         module_class: The LightningModule's class.
         checkpoint_path: A checkpoint of :class:`~lightning_qat_osc.QuantizationAwareTraining`.
         config: How the module is quantized. None: as the checkpoint says; one that was saved with
-            ``save_weights_only=True`` does not.
-        map_location: Where to put the tensors, as in ``torch.load``.
+            ``save_weights_only=True`` does not. Anything else than a QuantConfig is for the module, if it has an
+            argument of that name.
+        map_location: Where to put the tensors, as in ``torch.load``. None: on the device that they were saved from, or
+            the CPU where there is none.
         weights_only: Read nothing but tensors and plain values. False for a trusted checkpoint with other objects,
             among its hyperparameters for instance.
         **kwargs: The module's arguments that are not among the checkpoint's hyperparameters.
@@ -55,7 +60,27 @@ def load_quantized(
         raise TypeError(f"module_class must be the class of a LightningModule, got {module_class!r}")
     if not isinstance(checkpoint_path, (str, PathLike)):
         raise TypeError(f"checkpoint_path must be the path of a file, got {checkpoint_path!r}")
-    checkpoint = read_tensors(checkpoint_path, map_location=map_location, weights_only=weights_only)
+    if config is not None and not isinstance(config, QuantConfig):
+        if "config" not in signature(module_class).parameters:
+            raise TypeError(f"config must be a QuantConfig, got {config!r}")
+        config, kwargs = None, {"config": config, **kwargs}
+    return load_with_arguments(
+        module_class, checkpoint_path, kwargs, config, map_location=map_location, weights_only=weights_only
+    )
+
+
+def load_with_arguments(
+    module_class: type[Module],
+    checkpoint_path: str | PathLike[str],
+    arguments: Mapping[str, Any],
+    config: QuantConfig | None = None,
+    *,
+    map_location: Any = None,
+    weights_only: bool = True,
+) -> Module:
+    """:func:`load_quantized` for a module with arguments of any names."""
+    # to be copied from, so wherever there is room
+    checkpoint = read_tensors(checkpoint_path, map_location="cpu", weights_only=weights_only)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(
             f"checkpoint_path must be a checkpoint of Lightning, and {checkpoint_path} has no 'state_dict': load a "
@@ -76,19 +101,30 @@ def load_quantized(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found keys that are.*")
         module: Module = cast(Any, module_class).load_from_checkpoint(
-            checkpoint_path, map_location=map_location, strict=False, weights_only=weights_only, **kwargs
+            checkpoint_path, map_location=map_location, strict=False, weights_only=weights_only, **arguments
         )
+        _rename_state(module, checkpoint)
         warnings.filterwarnings("ignore", message=".*full precision.*")  # training has told
         quantize_model(module, config)
-    loaded = cast(Any, module)  # its author's hook may rename what is in the state, and the author leave some of it out
-    loaded.on_load_checkpoint(checkpoint)
-    loaded.load_state_dict(checkpoint["state_dict"], strict=loaded.strict_loading)
+    module.load_state_dict(checkpoint["state_dict"], strict=cast(Any, module).strict_loading)
     differences = bits_differences(module, config)
     if differences:
         raise ValueError(
             f"config is of another quantization than {checkpoint_path}, where {'; '.join(differences[:5])}"
         )
     return module
+
+
+def _rename_state(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Do to a checkpoint what the module's ``on_load_checkpoint`` does to it.
+
+    ``load_from_checkpoint`` has done it to a checkpoint of its own, and the module may have made layers then, which are
+    not to be made again: so a copy of it is asked.
+    """
+    hook, own = "on_load_checkpoint", type(module)
+    lightnings = [base for base in own.__mro__ if hook in vars(base)][-1]
+    if getattr(own, hook) is not vars(lightnings)[hook]:
+        cast(Any, copy.deepcopy(module)).on_load_checkpoint(checkpoint)
 
 
 def config_of_checkpoint(checkpoint: dict[str, Any]) -> QuantConfig | None:

@@ -100,9 +100,12 @@ def oscillation_states(module: nn.Module) -> dict[str, OscillationState]:
             :class:`~lightning_qat_osc.IterativeFreezing` has trained, or one loaded from its checkpoint.
 
     Returns:
-        Layer name -> state, with ``weight_int``, ``frequency``, ``ema_int`` and ``frozen``, each of the weight's shape.
-        Where a layer has several weights, the name is ``layer.parameter``; where several layers share a weight, it is
-        that of the first.
+        Layer name -> state, with ``weight_int`` and ``direction`` in int8, ``frequency`` and ``ema_int`` in float32 and
+        ``frozen`` in bool, each of the weight's shape. Where a layer has several weights, the name is
+        ``layer.parameter``; where several layers share a weight, it is that of the first.
+
+    Raises:
+        TypeError: If it is no module.
     """
     check_module("module", module)
     states: dict[OscillationState, str] = {}

@@ -47,6 +47,16 @@ def quantization_plan(module: nn.Module) -> list[LayerPlan]:
     """What is quantized, and how, in the order of the model's layers.
 
     A layer with several weights or inputs has a line for each; those after the first are named ``layer.parameter``.
+    Where weights are sharded, every process has to call it.
+
+    Args:
+        module: A quantized model. Before its ranges are set, scales and activation ranges are None.
+
+    Returns:
+        A line for each layer, whose fields :class:`LayerPlan` describes.
+
+    Raises:
+        TypeError: If it is no module.
     """
     check_module("module", module)
     lines = []

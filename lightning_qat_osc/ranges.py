@@ -18,7 +18,7 @@ __all__ = ["RangeMethod", "activation_grid", "estimate_scale"]
 
 RangeMethod = Literal["mse", "minmax", "percentile", "lsq"]
 """``mse``: least squared error. ``minmax``: nothing is clipped. ``percentile``: from the 0.1th to the 99.9th.
-``lsq``: ``2 mean|x| / sqrt(quant_max)``."""
+``lsq``: ``2 mean|x| / sqrt(p)``, with p the grid's longer side."""
 
 _TAIL = 0.001  # what the percentile range leaves out at each end
 _HISTOGRAM_BINS = 2048
@@ -61,7 +61,7 @@ def _covering_scale(low: Tensor, high: Tensor, quant_min: int, quant_max: int) -
     return torch.maximum(scale, low / quant_min) if quant_min < 0 else scale
 
 
-def _mse(weighted: _Weighted, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def _squared_error(weighted: _Weighted, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Sum of squared quantization errors of each row. scale: [G]."""
     s = scale.unsqueeze(1)
     error = (weighted.values / s).round_().clamp_(quant_min, quant_max).mul_(s).sub_(weighted.values)
@@ -78,7 +78,7 @@ def _mse_scale(weighted: _Weighted, covering: Tensor, quant_min: int, quant_max:
 
     def consider(share: Tensor) -> None:
         nonlocal best_share, best_error
-        error = _mse(weighted, covering * share, quant_min, quant_max)
+        error = _squared_error(weighted, covering * share, quant_min, quant_max)
         better = error < best_error
         best_share = torch.where(better, share, best_share)
         best_error = torch.where(better, error, best_error)
@@ -109,15 +109,17 @@ def estimate_scale(x: Tensor, quant_min: int, quant_max: int, method: RangeMetho
     """Estimate the scale of each row of values for a given grid.
 
     Args:
-        x: Finite values, [G, n], not all 0 in any row.
+        x: Finite values, [G, n].
         quant_min: Smallest integer less the zero point, at most 0.
         quant_max: Largest integer less the zero point, at least 0.
         method: ``mse`` searches for the least squared error (the paper's choice, arXiv 2203.11086, Sec. 5.1);
             ``minmax`` covers every value; ``percentile`` covers those from the 0.1th to the 99.9th percentile; ``lsq``
-            is 2 mean|x| / sqrt(quant_max) (arXiv 1902.08153, Sec. 2.1).
+            is 2 mean|x| / sqrt(p) (arXiv 1902.08153, Sec. 2.1), with p the larger of ``quant_max`` and
+            ``-quant_min - 1``. The paper, without zero points, has ``quant_max``, which is small where most of a grid
+            is below its zero point.
 
     Returns:
-        Positive scales, [G], within the normal numbers of 32 bits.
+        Positive scales, [G], within the normal numbers of 32 bits: of a row of zeros the smallest.
 
     Raises:
         ValueError: If the method is unknown.

@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qat_osc import LayerRule, QuantConfig, quantize_model
-from lightning_qat_osc.calibration import Calibrator
+from lightning_qat_osc.calibration import Calibrator, _Observed
 from lightning_qat_osc.lookup import quantizers
 
 
@@ -154,6 +154,22 @@ def test_hooks_are_gone_after_an_exception():
     with pytest.raises(RuntimeError, match="mat1"), calibrator.observe():
         net(torch.randn(2, 99))
     assert all(not m._forward_pre_hooks for m in net.modules())
+
+
+def test_a_sample_does_not_grow_with_the_batches():
+    seen, few = _Observed(), _Observed()
+    batches = [torch.randn(2**17) * (1 + i % 3) for i in range(24)]
+    for batch in batches:
+        seen.add(batch)
+        few.add(batch[:1000])
+        assert sum(map(len, seen.samples)) <= 2**18
+    assert len(seen.lows) == 24
+    assert sum(map(len, few.samples)) == 24_000  # all of it
+    lengths = [len(sample) for sample in seen.samples]
+    assert min(lengths) > 0.99 * max(lengths)  # each batch counts as much
+    assert torch.cat(seen.samples).std().item() == pytest.approx(torch.cat(batches).std().item(), rel=0.02)
+    few.thin_out(10)
+    assert [len(sample) for sample in few.samples] == [1] * 24
 
 
 def test_minmax_covers_what_a_sample_leaves_out():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
@@ -12,14 +13,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_qat_osc.callbacks._random_numbers import GENERATORS
+from lightning_qat_osc.callbacks._random_numbers import FEW, GENERATORS
 
 __all__ = ["independent"]
 
 _SHARED = (type, nn.Module, pl.Trainer, pl.LightningDataModule, *GENERATORS)
 _DEPTH = 5  # attributes of attributes, and so on
 _LONGEST_ORDER = 2**24  # numbers of samples, and no stream of tokens
-_FEW = 64  # what a container of more holds are samples, files or indices
 
 
 def independent(loader: Any) -> Any:
@@ -58,6 +58,8 @@ def _copied(thing: Any, copies: dict[int, Any], depth: int) -> Any:
     if isinstance(thing, (Tensor, np.ndarray)):
         is_order = thing.ndim == 1 and len(thing) <= _LONGEST_ORDER and not isinstance(thing, np.memmap)
         return copy.deepcopy(thing) if is_order else thing  # which may be shuffled in place; else it is data
+    if type(thing) is tuple and len(thing) <= FEW:
+        return tuple(_copied(value, copies, depth - 1) for value in thing)
     # transforms and tokenizers are only called; what hands on attributes cannot be copied before it has its own
     iterates = hasattr(thing, "__iter__") or hasattr(thing, "__getitem__")
     attributes = getattr(thing, "__dict__", None)
@@ -72,9 +74,10 @@ def _copied(thing: Any, copies: dict[int, Any], depth: int) -> Any:
         return thing
     if isinstance(thing, DataLoader):
         _own(found, thing, copies, depth)
-    elif isinstance(thing, list) and len(thing) <= _FEW:
-        found[:] = [_copied(value, copies, depth - 1) for value in thing]
-    elif isinstance(thing, dict) and len(thing) <= _FEW:
+    elif isinstance(thing, (list, deque)) and len(thing) <= FEW:
+        found.clear()
+        found.extend(_copied(value, copies, depth - 1) for value in thing)
+    elif isinstance(thing, dict) and len(thing) <= FEW:
         found.update({key: _copied(value, copies, depth - 1) for key, value in thing.items()})
     if attributes is not None and not isinstance(thing, DataLoader):
         vars(found).update({name: _copied(value, copies, depth - 1) for name, value in attributes.items()})

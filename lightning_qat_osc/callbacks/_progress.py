@@ -48,14 +48,19 @@ def run_step(trainer: pl.Trainer) -> float:
     if trainer.max_steps == -1:
         return batch
     share = batch / (trainer.num_training_batches * max(1, trainer.max_epochs))
-    return max(share, trainer.global_step / trainer.max_steps) * run_length(trainer, "")
+    return max(share, trainer.global_step / trainer.max_steps) * run_length(trainer, "A schedule")
 
 
 def is_log_step(trainer: pl.Trainer) -> bool:
-    """Whether the loggers take the figures of the optimizer step that has just been made."""
+    """Whether somebody looks at the figures of the batch that has just been trained on.
+
+    Loggers do at every ``log_every_n_steps``, and callbacks that monitor at an epoch's end after its last batch.
+    """
+    if trainer.barebones or trainer.is_last_batch:
+        return not trainer.barebones
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
     automatic = trainer.lightning_module.automatic_optimization
     # under manual optimization the loggers go by batches, while global_step counts the steps of all optimizers
     step = trainer.global_step if automatic else trainer.fit_loop.total_batch_idx + 1
     stepped = not automatic or (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
-    return bool(every) and ((stepped and step % every == 0) or trainer.is_last_batch)
+    return bool(every) and stepped and step % every == 0

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GENERATORS", "fixed_random_numbers", "generators_in", "seeded"]
+__all__ = ["FEW", "GENERATORS", "fixed_random_numbers", "generators_in", "seeded"]
 
 _SEED = 0
 """For the same batches at each evaluation, so that epochs differ by their weights alone."""
@@ -22,8 +22,10 @@ _SEED = 0
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 """What draws random numbers beside the global generators."""
 
+FEW = 64
+"""Members up to which a container is looked into: what one of more holds are samples, files or indices."""
+
 _LEVELS = 8  # attributes of attributes, and so on
-_FEW = 64  # what a container of more holds are samples, files or indices
 
 
 def generators_in(things: Iterable[Any]) -> list[Any]:
@@ -49,7 +51,7 @@ def _is_opaque(thing: Any) -> bool:
 def _held(thing: Any) -> list[Any]:
     if isinstance(thing, (list, tuple, deque, dict)):
         values = thing.values() if isinstance(thing, dict) else thing
-        return list(values) if len(thing) <= _FEW else []
+        return list(values) if len(thing) <= FEW else []
     return list(getattr(thing, "__dict__", {}).values())
 
 

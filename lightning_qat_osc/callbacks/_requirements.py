@@ -6,10 +6,17 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_qat_osc.callbacks._frozen_weights import HoldsFrozenWeights
 from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_qat_osc.lookup import weights_with_quantizers
 
-__all__ = ["require_averaging_before", "require_one", "require_quantization", "warn_if_nothing_oscillates"]
+__all__ = [
+    "require_averaging_before",
+    "require_freezing_before",
+    "require_one",
+    "require_quantization",
+    "warn_if_nothing_oscillates",
+]
 
 
 def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> QuantizationAwareTraining:
@@ -57,6 +64,23 @@ def require_averaging_before(trainer: pl.Trainer, callback: pl.Callback) -> None
             raise MisconfigurationException(
                 f"{type(other).__name__} must come before {type(callback).__name__} in the Trainer's callbacks, and "
                 "after QuantizationAwareTraining: what it swaps in before an evaluation is yet to be prepared for it."
+            )
+
+
+def require_freezing_before(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Insist that frozen weights are in place when a callback runs averaged ones before an evaluation.
+
+    Raises:
+        MisconfigurationException: If a callback that holds them, which an average may have moved, comes after it.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averages = any(isinstance(other, pl.callbacks.WeightAveraging) for other in callbacks)
+    for other in callbacks[callbacks.index(callback) :] if averages else ():
+        if isinstance(other, HoldsFrozenWeights):
+            name = type(other).__name__
+            raise MisconfigurationException(
+                f"{name} must come before {type(callback).__name__} in the Trainer's callbacks: after WeightAveraging "
+                "has swapped in averaged weights, it puts those that are frozen back on their integers."
             )
 
 

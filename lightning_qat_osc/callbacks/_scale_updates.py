@@ -35,7 +35,7 @@ class _LogSteps:
         self._optimizer = optimizer
         self._learning_rate = learning_rate
         self.peaks: list[float] = []  # of the learning rate of each group
-        self._shares()
+        self._note_peaks()
         self._steps = [nn.Parameter(torch.zeros_like(q.scale)) for q in quantizers]
         self.adam = Adam(self._steps, lr=learning_rate, fused=True)  # one kernel for all
 
@@ -44,6 +44,7 @@ class _LogSteps:
         moved = [(q, step) for q, step in zip(self.quantizers, self._steps) if q.scale_grad is not None]
         if not moved:
             return
+        self._note_peaks()
         of_parameter = self._shares()
         shares = [of_parameter.get(id(q.scale), 1.0) for q, _ in moved]
         largest = max(shares)
@@ -60,20 +61,26 @@ class _LogSteps:
         torch._foreach_mul_(scales, list(torch._foreach_exp(steps)))
         self.adam.zero_grad()
 
+    def _note_peaks(self) -> None:
+        """Note the largest learning rate that each group has had, or is known to come to."""
+        groups = self._optimizer.param_groups
+        # a group that a callback adds may begin low, to come up with the others
+        self.peaks += [max(self.peaks, default=0.0)] * (len(groups) - len(self.peaks))
+        for i, group in enumerate(groups):
+            self.peaks[i] = max(self.peaks[i], *(_rate(group, key) for key in ("lr", "initial_lr", "max_lr")))
+
     def _shares(self) -> dict[int, float]:
         """By the id of a parameter, how much of its peak the learning rate of its group has now."""
         shares: dict[int, float] = {}
-        # a group that a callback adds may begin low, to come up with the others
-        known_peak = max(self.peaks, default=0.0)
-        for i, group in enumerate(self._optimizer.param_groups):
-            if i == len(self.peaks):
-                self.peaks.append(known_peak)
-            # None where an optimizer finds its learning rate by itself
-            rates = (float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
-            self.peaks[i] = max(self.peaks[i], *rates)
-            share = min(1.0, float(group["lr"] or 0.0) / self.peaks[i]) if self.peaks[i] > 0.0 else 1.0
+        for group, peak in zip(self._optimizer.param_groups, self.peaks):
+            share = min(1.0, _rate(group, "lr") / peak) if peak > 0.0 else 1.0
             shares.update(dict.fromkeys(map(id, group["params"]), share))
         return shares
+
+
+def _rate(group: dict[str, Any], key: str) -> float:
+    """A learning rate of a group; 0 where it has none, or None as of an optimizer that finds it by itself."""
+    return float(group.get(key) or 0.0)
 
 
 class ScaleUpdates:

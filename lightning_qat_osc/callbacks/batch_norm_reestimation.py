@@ -14,7 +14,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat_osc.batch_norm import batch_norm_layers, reestimate_batch_norm
-from lightning_qat_osc.callbacks._requirements import require_averaging_before, require_quantization
+from lightning_qat_osc.callbacks._requirements import (
+    require_averaging_before,
+    require_freezing_before,
+    require_quantization,
+)
 from lightning_qat_osc.callbacks._training_batches import training_batches
 from lightning_qat_osc.callbacks._training_passes import (
     ForwardFn,
@@ -62,12 +66,17 @@ class BatchNormReestimation(pl.Callback):
         self.forward_fn = forward_fn
         self._layers: dict[str, _BatchNorm] = {}
         self._trained: dict[str, _BatchNorm] = {}  # the layers whose statistics training does not use
-        self._left_alone: list[str] | None = None  # the others, once a training step has shown them
+        self._left_alone: list[str] | None = None  # the others, once modes have shown them
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that ``training_step`` can be run, and note which layers it may be for."""
         require_quantization(trainer, self)
         require_averaging_before(trainer, self)
+        require_freezing_before(trainer, self)
+        layers = batch_norm_layers(pl_module)
+        if stage != "fit" and self._left_alone is None and any(bn.training for bn in layers.values()):
+            # the modes are still the author's; the Trainer is about to put all of them in evaluation mode
+            self._left_alone = [name for name, bn in layers.items() if not bn.training]
         self._find(pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

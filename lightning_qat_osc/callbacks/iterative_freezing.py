@@ -14,9 +14,9 @@ from lightning_qat_osc.callbacks._frozen_weights import HoldsFrozenWeights
 from lightning_qat_osc.callbacks._progress import is_log_step, run_length, run_step
 from lightning_qat_osc.callbacks._requirements import require_averaging_before
 from lightning_qat_osc.callbacks._tracks_oscillation import TracksOscillation
+from lightning_qat_osc.callbacks.oscillation_dampening import OscillationDampening
 from lightning_qat_osc.checks import check_number
 from lightning_qat_osc.lookup import quantized_weights
-from lightning_qat_osc.regularizers import Aggregation
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
 from lightning_qat_osc.sharding import reshard
 from lightning_qat_osc.sweep import dampen_and_pass_on, pass_on_frozen_gradients
@@ -76,12 +76,17 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
         self._schedule: Schedule = constant(threshold)
         self._first_step = 0.0
         self._in_force = threshold
-        self._dampening: tuple[float, Aggregation] | None = None
+        self._dampening: OscillationDampening | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Agree on the momentum, and compare the threshold with it."""
+        """Agree on the momentum, compare the threshold with it, and take dampening over, to share one pass with it."""
         super().setup(trainer, pl_module, stage)
         require_averaging_before(trainer, self)
+        earlier = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
+        dampening = [c for c in earlier if isinstance(c, OscillationDampening) and c.max_bits == self.max_bits]
+        self._dampening = dampening[0] if dampening else None
+        if self._dampening is not None:
+            self._dampening.leave_to_another()
         if stage != "fit":
             return
         if self.threshold < self._momentum:
@@ -107,26 +112,16 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
             self._first_step = self.anneal_start * steps
         self._in_force = self._schedule(run_step(trainer))
 
-    def dampen_next(self, weight: float, aggregation: Aggregation) -> None:
-        """Take dampening along in the pass over the gradients that comes before the next optimizer step.
-
-        Args:
-            weight: Weight of the loss, lambda.
-            aggregation: How its squared distances are reduced.
-        """
-        self._dampening = weight, aggregation
-
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Hand the gradient of frozen weights on to their scale."""
+        """Hand the gradient of frozen weights on to their scale, behind what dampening adds to it."""
         self._step_hooks.begin(self, optimizer)
         weights = self._weights.about_to_move(optimizer)
-        dampening, self._dampening = self._dampening, None
-        if dampening is None:
+        if self._dampening is None or self._dampening.weight == 0.0:
             pass_on_frozen_gradients(weights)
         else:
-            dampen_and_pass_on(weights, *dampening)
+            dampen_and_pass_on(weights, self._dampening.weight, self._dampening.aggregation)
 
     def _threshold_now(self, trainer: pl.Trainer) -> float:
         step = run_step(trainer)

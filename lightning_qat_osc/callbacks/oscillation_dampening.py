@@ -13,7 +13,6 @@ from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
 from lightning_qat_osc.callbacks._optimizer_weights import OptimizerWeights, trained_weights
 from lightning_qat_osc.callbacks._progress import is_log_step, run_length, run_step
 from lightning_qat_osc.callbacks._requirements import require_one, require_quantization, warn_if_nothing_oscillates
-from lightning_qat_osc.callbacks.iterative_freezing import IterativeFreezing
 from lightning_qat_osc.checks import check_bits, check_choice, check_number
 from lightning_qat_osc.regularizers import Aggregation, dampening_loss
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
@@ -39,6 +38,9 @@ class OscillationDampening(pl.Callback):
         aggregation: Over a layer's weights: "sum", the paper's Frobenius norm; "mean"; or "kernel_mean", the authors'
             ``sum(0).mean()``, to which their lambda of 0.1 belongs. The layers' losses are added up.
         max_bits: Only weights of at most this many bits are dampened.
+
+    Attributes:
+        weight: Lambda of the step that is being made, or was made last.
 
     Raises:
         TypeError: If an argument is no number.
@@ -66,18 +68,20 @@ class OscillationDampening(pl.Callback):
         self.aggregation = aggregation
         self.max_bits = max_bits
         self._schedule: Schedule = constant(final_weight)
-        self._weight = 0.0  # the one in force
-        self._freezing: IterativeFreezing | None = None
+        self.weight = 0.0  # the one in force
+        self._left_to_another = False
         self._step_hooks: OptimizerStepHooks
         self._weights: OptimizerWeights
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that there will be something to dampen, and find who may take it along."""
+        """Check that there will be something to dampen."""
         self._step_hooks = require_quantization(trainer, self).step_hooks
         require_one(trainer, self)
-        later = trainer.callbacks[trainer.callbacks.index(self) :]  # type: ignore[attr-defined]
-        freezing = [c for c in later if isinstance(c, IterativeFreezing) and c.max_bits == self.max_bits]
-        self._freezing = freezing[0] if freezing else None
+        self._left_to_another = False
+
+    def leave_to_another(self) -> None:
+        """Leave the gradient to a callback behind this one, which adds it in a pass of its own over the gradients."""
+        self._left_to_another = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the optimizers, and lay the schedule over the run."""
@@ -87,20 +91,16 @@ class OscillationDampening(pl.Callback):
         if self.initial_weight != self.final_weight:
             steps = run_length(trainer, "The dampening weight")
             self._schedule = cosine_anneal(self.initial_weight, self.final_weight, steps, self.anneal_start)
-        self._weight = self._schedule(run_step(trainer))
+        self.weight = self._schedule(run_step(trainer))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Add lambda times the gradient to that of the weights which this optimizer is about to move."""
         self._step_hooks.begin(self, optimizer)
-        self._weight = self._schedule(run_step(trainer))
-        if self._weight == 0.0:
-            return
-        if self._freezing is not None:
-            self._freezing.dampen_next(self._weight, self.aggregation)
-            return
-        add_dampening(self._weights.about_to_move(optimizer), self._weight, self.aggregation)
+        self.weight = self._schedule(run_step(trainer))
+        if self.weight > 0.0 and not self._left_to_another:
+            add_dampening(self._weights.about_to_move(optimizer), self.weight, self.aggregation)
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -113,6 +113,6 @@ class OscillationDampening(pl.Callback):
             dampening_loss(weight, q.scale, q.quant_min, q.quant_max, self.aggregation)
             for _, weight, q in trained_weights(trainer, pl_module, self.max_bits)
         ]
-        pl_module.log("oscillation/dampening_weight", self._weight)
+        pl_module.log("oscillation/dampening_weight", self.weight)
         if losses:
             pl_module.log("oscillation/dampening_loss", whole(torch.stack(losses).sum()))

@@ -18,15 +18,15 @@ __all__ = ["OscillationTracking"]
 class OscillationTracking(TracksOscillation):
     """Tracks how often each quantized weight oscillates, and logs it (Nagel et al., arXiv 2203.11086, Sec. 4.1).
 
-    Logs, every ``log_every_n_steps`` of the Trainer, at the end of each epoch and before each validation, for each
-    layer and in total: ``oscillation/frequency[/<layer>]``, the mean frequency in oscillations per optimizer step;
-    ``oscillation/oscillating[/<layer>]``, the share of the weights with a frequency above 0.005; and
-    ``oscillation/frozen[/<layer>]``, the share that is frozen. Any logger, ModelCheckpoint and EarlyStopping can use
-    them. The states themselves are in :func:`~lightning_qat_osc.oscillation_states`, and in every checkpoint.
+    For each layer and in total it logs ``oscillation/frequency[/<layer>]``, the mean frequency in oscillations per
+    optimizer step; ``oscillation/oscillating[/<layer>]``, the share of the weights with a frequency above 0.005; and
+    ``oscillation/frozen[/<layer>]``, the share that is frozen. Loggers get them every ``log_every_n_steps`` of the
+    Trainer, callbacks such as EarlyStopping also at the end of each epoch and before each validation. The
+    states themselves are in :func:`~lightning_qat_osc.oscillation_states`, and in every checkpoint.
 
     Args:
         momentum: Weight of the new value in the moving averages of frequency and integers, in (0, 1]. None: that of
-            IterativeFreezing if it is in the list and has one, else 0.01.
+            IterativeFreezing, if it is in the list and has one, else 0.01.
         max_bits: Only weights of at most this many bits are tracked, as in the paper, where more bits do not suffer.
 
     Raises:
@@ -34,21 +34,19 @@ class OscillationTracking(TracksOscillation):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, momentum: float | None = 0.01, *, max_bits: int = 4) -> None:
+    def __init__(self, momentum: float | None = None, *, max_bits: int = 4) -> None:
         super().__init__(momentum, max_bits)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the figures at the steps that the loggers take."""
+        """Log the figures, where somebody looks at them."""
         if is_log_step(trainer):
             self._log(trainer, pl_module, on_step=True)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the figures for callbacks that look at the end of validation."""
-        if trainer.barebones:
-            return
-        if trainer.training or (trainer.validating and trainer.state.fn == "fit" and not trainer.sanity_checking):
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.barebones:
             self._log(trainer, pl_module, on_step=False)
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, on_step: bool) -> None:

@@ -301,22 +301,22 @@ class QuantizationAwareTraining(pl.Callback):
         do.
         """
         if trainer.state.fn != "fit":
-            _begin_anew_where_stale(pl_module)
-        if not trainer.sanity_checking:
+            self._before_evaluation(pl_module)
+        elif not trainer.sanity_checking:
             self._finish_watching(pl_module)
-            self._check_bits(pl_module)
-            if trainer.state.fn == "fit":
-                self._check_scales(trainer, pl_module)
+            self._check_scales(trainer, pl_module)
             self._say_if_uncalibrated(pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if the evaluation is one in full precision."""
-        _begin_anew_where_stale(pl_module)
-        self._check_bits(pl_module)
-        self._say_if_uncalibrated(pl_module)
+        """Look at what was loaded, and say so if the evaluation is one in full precision."""
+        self._before_evaluation(pl_module)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if the predictions are made in full precision."""
+        """Look at what was loaded, and say so if the predictions are made in full precision."""
+        self._before_evaluation(pl_module)
+
+    def _before_evaluation(self, pl_module: pl.LightningModule) -> None:
+        """Drop ranges from before weights in full precision were loaded, and refuse weights of another quantization."""
         _begin_anew_where_stale(pl_module)
         self._check_bits(pl_module)
         self._say_if_uncalibrated(pl_module)
@@ -344,14 +344,12 @@ class QuantizationAwareTraining(pl.Callback):
             self._release()
         elif trainer.strategy.restore_checkpoint_after_setup:
             self._hold_scales(pl_module, hold=False)
-        for quantizer in quantizers(pl_module):
-            quantizer.stale = False
+        _forget_what_was_loaded(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the optimizers and of the layers."""
         self._release()
-        for quantizer in quantizers(pl_module):
-            quantizer.stale = False
+        _forget_what_was_loaded(pl_module)
 
     def _release(self) -> None:
         self.step_hooks.detach()
@@ -383,9 +381,16 @@ class QuantizationAwareTraining(pl.Callback):
 
 
 def _begin_anew_where_stale(module: pl.LightningModule) -> None:
+    """Drop ranges that weights in full precision, loaded since, have made stale."""
     for quantizer in quantizers(module):
         if quantizer.stale:
             quantizer.begin_anew()
+
+
+def _forget_what_was_loaded(module: pl.LightningModule) -> None:
+    """Take weights that were exchanged within a run, which is over, for its own."""
+    for quantizer in quantizers(module):
+        quantizer.stale = False
 
 
 @rank_zero_only

@@ -258,6 +258,21 @@ def test_frozen_batch_norm_stays():
     assert module.bn2.running_mean.abs().sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore:Found 1 module.* in eval mode")
+def test_frozen_batch_norm_stays_in_an_evaluation_by_another_trainer():
+    class Frozen(ConvModule):
+        def __init__(self):
+            super().__init__()
+            self.bn1.eval()
+
+    module = Frozen()
+    trainer([qat()], max_epochs=1).fit(module, Data())
+    mean = module.bn1.running_mean.clone(), module.bn2.running_mean.clone()
+    trainer([qat(), BatchNormReestimation()]).test(module, Data(), verbose=False)
+    assert torch.equal(module.bn1.running_mean, mean[0])
+    assert not torch.equal(module.bn2.running_mean, mean[1])
+
+
 def test_evaluation_without_training_data_keeps_the_statistics():
     module = ConvModule()
     trainer([qat()]).fit(module, Data())

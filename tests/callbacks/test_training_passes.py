@@ -3,6 +3,7 @@
 import gc
 import random
 import warnings
+from collections import deque
 from itertools import chain, islice
 from types import SimpleNamespace
 
@@ -198,8 +199,8 @@ class Order(Sampler):
 class Around:
     """A loader around others."""
 
-    def __init__(self, *loaders):
-        self.inner = list(loaders)
+    def __init__(self, *loaders, held=list):
+        self.inner = held(loaders)
 
     def __iter__(self):
         for each in self.inner:
@@ -255,6 +256,12 @@ LOADERS = {
         DataLoader(dataset(), 8, shuffle=True, generator=torch.Generator().manual_seed(3))
     ),
     "loader around workers": lambda: Around(DataLoader(dataset(), 8, num_workers=1, persistent_workers=True)),
+    **{
+        f"loaders in a {held.__name__}": lambda held=held: Around(
+            DataLoader(dataset(), 8, num_workers=1, persistent_workers=True), held=held
+        )
+        for held in (tuple, deque)
+    },
     "one iterator": lambda: Endless(dataset(), 8, shuffle=True),
     "generators inside of a dataset": lambda: DataLoader(ConcatDataset([Held()]), 8),
 }

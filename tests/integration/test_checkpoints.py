@@ -1,6 +1,7 @@
 """Checkpoints of every kind, into every kind of module."""
 
 import copy
+import zipfile
 
 import pytest
 import torch
@@ -134,6 +135,57 @@ def test_what_a_module_does_to_its_checkpoint_is_done_without_a_trainer_too(tmp_
     assert torch.equal(loaded.point.weight, own["point.weight"])
     assert torch.equal(loaded.point.weight_quantizer.scale, own["point.weight_quantizer.scale"])
     assert not torch.equal(loaded.stem.weight, own["stem.weight"])
+
+
+class Growing(ConvModule):
+    """Makes its head, and one block more, as its checkpoint says."""
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = config
+        self.blocks = torch.nn.ModuleList()
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["blocks"] = len(self.blocks)
+
+    def on_load_checkpoint(self, checkpoint):
+        self.head = torch.nn.Linear(self.head.in_features, self.head.out_features)
+        for _ in range(checkpoint["blocks"]):
+            self.blocks.append(torch.nn.Linear(3, 3))
+
+
+def test_layers_that_a_module_makes_as_it_loads(tmp_path):
+    module = Growing()
+    module.blocks.append(torch.nn.Linear(3, 3))
+    t = trainer(callbacks(), max_epochs=1)
+    with pytest.warns(UserWarning, match="was not called during calibration"):
+        t.fit(module, Data())
+    t.save_checkpoint(tmp_path / "grown.ckpt")
+    loaded = load_quantized(Growing, tmp_path / "grown.ckpt")
+    assert len(loaded.blocks) == 1
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(X), module.eval()(X))
+    # and an argument that is called like one of load_quantized
+    assert load_quantized(Growing, tmp_path / "grown.ckpt", config="its own").config == "its own"
+    with pytest.raises(TypeError, match="config must be a QuantConfig, got 'none'"):
+        load_quantized(ConvModule, tmp_path / "grown.ckpt", config="none")
+
+
+def test_a_checkpoint_of_a_device_that_is_not_here(runs, tmp_path):
+    folder, module = runs
+    if torch.cuda.is_available():
+        pytest.skip("there is such a device")
+    with zipfile.ZipFile(folder / "full.ckpt") as cpu, zipfile.ZipFile(tmp_path / "gpu.ckpt", "w") as gpu:
+        for entry in cpu.namelist():
+            content = cpu.read(entry)
+            if entry.endswith("data.pkl"):
+                content = content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            gpu.writestr(entry, content)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(tmp_path / "gpu.ckpt", weights_only=True)
+    loaded = load_quantized(ConvModule, tmp_path / "gpu.ckpt")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(X), module(X))
 
 
 def test_weights_only_needs_a_configuration(runs):

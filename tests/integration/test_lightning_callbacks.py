@@ -203,6 +203,14 @@ def test_averaged_weights_that_come_too_late_are_refused(last):
     assert t.global_step == 0
 
 
+def test_frozen_weights_that_come_too_late_for_averaged_ones_are_refused():
+    averaging = lightning_callbacks.WeightAveraging()
+    t = trainer([qat(), averaging, BatchNormReestimation(), IterativeFreezing()])
+    with pytest.raises(MisconfigurationException, match="IterativeFreezing must come before BatchNormReestimation"):
+        t.fit(ConvModule(), Data())
+    assert t.global_step == 0
+
+
 class EpochStarts(L.Callback):
     def __init__(self):
         self.parameters = []
