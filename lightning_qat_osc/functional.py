@@ -6,32 +6,17 @@ Everything here is a function of tensors and broadcasts: a scale of shape ``[1]`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import cache
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_qat_osc.kernels import (
-    BLOCK,
-    SMALL,
-    blocks,
-    compiled,
-    in_channels_last,
-    in_one_order,
-    in_rows,
-    number,
-    rows,
-)
-from lightning_qat_osc.sharding import is_sharded
+from lightning_qat_osc.kernels import SMALL, Limit, compiled, number, rows
+from lightning_qat_osc.lsq_gradients import gradients, gradients_to_differentiate, suits_kernels
 
-__all__ = ["Limit", "fake_quantize", "fake_quantize_pair", "integer_grid", "quantize_to_int"]
-
-Limit = TypeVar("Limit", int, Tensor)
-"""A limit of an integer grid: a number, or a tensor without dimensions."""
+__all__ = ["fake_quantize", "fake_quantize_pair", "integer_grid", "quantize_to_int"]
 
 
 def integer_grid(bits: int, *, signed: bool) -> tuple[int, int]:
@@ -49,148 +34,14 @@ def integer_grid(bits: int, *, signed: bool) -> tuple[int, int]:
     return 0, 2**bits - 1
 
 
-def _where_inside(values: Tensor, v: Tensor, n: Limit, p: Limit, *, out: Tensor | None = None) -> Tensor:
-    """``values`` where n <= v <= p, else 0: eagerly in one pass, several times as fast as with a mask.
-
-    The backward of hardtanh does it for open intervals, so this asks for the one between the floats next to the limits.
-    Eagerly it can be written to ``out``.
-    """
-    if torch.compiler.is_compiling():
-        return torch.where(v == v.clamp(n, p), values, 0.0)
-    limits = _just_outside(int(n), int(p), v.dtype)
-    if out is None:
-        inside: Tensor = torch.ops.aten.hardtanh_backward.default(values, v, *limits)
-        return inside
-    return torch.ops.aten.hardtanh_backward.grad_input(values, v, *limits, grad_input=out)  # type: ignore[no-any-return]
-
-
-@cache
-def _just_outside(n: int, p: int, dtype: torch.dtype) -> tuple[float, float]:
-    """The floating-point numbers next to the limits of a grid."""
-    return _neighbour(n, -1.0, dtype), _neighbour(p, 1.0, dtype)
-
-
-def _neighbour(limit: int, sign: float, dtype: torch.dtype) -> float:
-    """The normal floating-point number next to a limit in the direction of a sign: CPUs may take others for 0.
-
-    In Python, where no default device, fake tensor or transform is in the way of a number.
-    """
-    info = torch.finfo(dtype)
-    if limit == 0:
-        return sign * info.smallest_normal
-    mantissa, exponent = math.frexp(limit)
-    closer = mantissa == -0.5 * sign  # below a power of two they are half as far apart
-    return limit + sign * math.ldexp(info.eps, exponent - 1 - closer)
-
-
 def _quantize_dequantize(x: Tensor, scale: Tensor, n: Limit, p: Limit) -> Tensor:
     """Round to nearest (ties to even, as torch, ONNX and the hardware do), clip, and scale back."""
     return (x / scale).round_().clamp_(n, p).mul_(scale).to(x.dtype)
 
 
-def _gradients(
-    needed: Sequence[bool], grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Limit
-) -> tuple[Tensor | None, Tensor | None]:
-    """Straight through for x inside the grid; for the scale round(v) - v inside, n or p outside."""
-    of_x, of_scale = needed
-    if of_x and of_scale and _suits_blocks(grad, x, scale):
-        return _gradients_in_blocks(grad, x, scale, n, p)
-    v = x / scale
-    wide = grad.to(v.dtype)
-    grad_x = _written(_where_inside(wide, v, n, p).to(grad.dtype), x) if of_x else None
-    grad_scale = None
-    if of_scale:
-        v_inside = _where_inside(v, v, n, p)
-        grad_scale = _sum_to_scale(_dxq_ds(v, v_inside, n, p).mul_(wide), scale)
-    return grad_x, grad_scale
-
-
-def _dxq_ds(v: Tensor, v_inside: Tensor, n: Limit, p: Limit) -> Tensor:
-    """The scale's derivative, in the memory of ``v``."""
-    return v.clamp_(n, p).round_().sub_(v_inside)
-
-
-def _suits_blocks(grad: Tensor, x: Tensor, scale: Tensor) -> bool:
-    """Whether :func:`_gradients_in_blocks` can be used, and is faster."""
-    if torch.compiler.is_compiling() or not x.is_cpu or x.numel() <= 4 * BLOCK:
-        return False
-    if x.dtype.itemsize < 4 or not x.dtype == grad.dtype == scale.dtype:  # dot products of 16 bits are slow
-        return False
-    return in_one_order([x, grad]) and _suits_kernels(x, scale)
-
-
-def _gradients_in_blocks(grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Limit) -> tuple[Tensor, Tensor]:
-    """:func:`_gradients` in blocks that stay in a CPU's cache, in two buffers for all of them."""
-    grad_x = torch.empty_like(x)
-    views = rows([scale], [grad, x, grad_x])
-    assert views is not None
-    buffers: list[Tensor] = []
-    sums = []
-    for scale_block, grad_block, x_block, grad_x_block in blocks(views):
-        buffers = buffers or [torch.empty_like(x_block) for _ in range(2)]
-        v, v_inside = (buffer[: len(x_block)] for buffer in buffers)
-        torch.div(x_block, scale_block, out=v)
-        _where_inside(grad_block, v, n, p, out=grad_x_block)
-        _where_inside(v, v, n, p, out=v_inside)
-        sums.append(torch.linalg.vecdot(_dxq_ds(v, v_inside, n, p), grad_block).view_as(scale_block))
-    return grad_x, torch.cat(sums).sum_to_size(views[0].shape).view(scale.shape)
-
-
-def _gradients_to_differentiate(
-    grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Limit
-) -> tuple[Tensor | None, Tensor | None]:
-    """The same as differentiable functions of ``grad``, for gradient penalties.
-
-    ``x`` and ``scale`` are constants here: to straight-through differentiation x_q has no second derivatives but 0.
-    """
-    with torch.no_grad():
-        v = x / scale
-        inside = _where_inside(torch.ones_like(v), v, n, p)
-        dxq_ds = _dxq_ds(v, _where_inside(v, v, n, p), n, p)
-    wide = grad.to(v.dtype)
-    return (wide * inside).to(grad.dtype), _sum_to_scale(wide * dxq_ds, scale)
-
-
 def _is_differentiated() -> bool:
     """Whether a backward pass is itself recorded, for ``create_graph=True``. Compiled ones cannot be."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _written(grad_x: Tensor, x: Tensor) -> Tensor:
-    """A gradient that a compiler for CPUs writes once: of a tensor that it takes a view of, it needs the memory.
-
-    Otherwise each loop of the backward passes ahead, such as the two of a norm, divides by the scale anew, and the
-    scale's sum has a loop of its own with the activation in it. Other devices compute faster than they write.
-    The layout is that of ``x``: torch 2.6 does not let a compiled backward pass ask for a gradient's.
-    """
-    if not (torch.compiler.is_compiling() and x.is_cpu) or is_sharded(x):
-        return grad_x
-    # contiguous images stay as they are: convolutions for CPUs lay them out anew, where a view has its layout
-    if in_channels_last(x) or (x.dim() == 3 and x.is_contiguous()):
-        return grad_x.as_strided(x.shape, x.stride())
-    return grad_x
-
-
-def _sum_to_scale(terms: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of a scale from its terms, one for each value."""
-    if scale.numel() == 1 and torch.compiler.is_compiling():
-        terms = _partly_summed(terms, on_cpu=scale.is_cpu)
-    return terms.sum_to_size(scale.shape)
-
-
-def _partly_summed(terms: Tensor, *, on_cpu: bool) -> Tensor:
-    """Terms summed along the dimension for which a compiler adds them up in a loop that it has anyway.
-
-    ``on_cpu`` is for them to say, if torch 2.6 let a compiled backward pass ask them.
-    """
-    if terms.dim() < 3 or terms.shape[1:].numel() <= 2**10:
-        return terms  # few
-    if terms.dim() == 3:
-        # CPUs add up what they write a gradient of; elsewhere over features, as layer normalization sums
-        return terms if on_cpu else terms.sum(-1, keepdim=True)
-    if on_cpu:
-        return terms.sum(1, keepdim=True)  # over channels, which compilers for CPUs lay side by side for convolutions
-    return terms.sum((0, *range(2, terms.dim())), keepdim=True)  # channel by channel, as batch normalization sums
 
 
 class _LearnedStepSize(torch.autograd.Function):
@@ -206,8 +57,8 @@ class _LearnedStepSize(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, scale = ctx.saved_tensors
         if _is_differentiated():
-            return *_gradients_to_differentiate(grad_outputs[0], x, scale, *ctx.limits), None, None
-        return *_gradients(ctx.needs_input_grad[:2], grad_outputs[0], x, scale, *ctx.limits), None, None
+            return *gradients_to_differentiate(grad_outputs[0], x, scale, *ctx.limits), None, None
+        return *gradients(ctx.needs_input_grad[:2], grad_outputs[0], x, scale, *ctx.limits), None, None
 
 
 class _FusedLearnedStepSizes(torch.autograd.Function):
@@ -231,7 +82,7 @@ class _FusedLearnedStepSizes(torch.autograd.Function):
         tensors, limits = ctx.saved_tensors, ctx.limits
         xs, scales = tensors[::2], tensors[1::2]
         if _is_differentiated():
-            each = (_gradients_to_differentiate(g, x, s, n, p) for g, x, s, (n, p) in zip(grads, xs, scales, limits))
+            each = (gradients_to_differentiate(g, x, s, n, p) for g, x, s, (n, p) in zip(grads, xs, scales, limits))
             return None, *chain(*each)
         grads = tuple(g if g.stride() == x.stride() else torch.empty_like(x).copy_(g) for g, x in zip(grads, xs))
         operands = [_operands([g, x], scale, *grid) for g, x, scale, grid in zip(grads, xs, scales, limits)]
@@ -249,7 +100,7 @@ def _forward_of_each(*operands: Tensor) -> tuple[Tensor, ...]:
 
 def _backward_of_each(needed: Sequence[bool], *operands: Tensor) -> tuple[Tensor | None, ...]:
     """For each tensor its gradient and its scale's."""
-    each = [_gradients(needed[2 * i : 2 * i + 2], *operands[5 * i : 5 * i + 5]) for i in range(len(operands) // 5)]
+    each = [gradients(needed[2 * i : 2 * i + 2], *operands[5 * i : 5 * i + 5]) for i in range(len(operands) // 5)]
     return tuple(chain(*each))
 
 
@@ -304,7 +155,7 @@ def fake_quantize(
         return fake_quantize(x.view(1), scale, quant_min, quant_max, zero_point=zero_point, fused=fused).view(())
     limits = quant_min - zero_point, quant_max - zero_point
     # inside somebody's compiled graph the equations fuse with what is around them
-    if fused and not torch.compiler.is_compiling() and x.numel() > SMALL and _suits_kernels(x, scale):
+    if fused and not torch.compiler.is_compiling() and x.numel() > SMALL and suits_kernels(x, scale):
         return _FusedLearnedStepSizes.apply((limits,), x, scale)[0]  # type: ignore[no-untyped-call, no-any-return]
     return _LearnedStepSize.apply(x, scale, *limits)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -329,13 +180,9 @@ def fake_quantize_pair(
     if first.numel() <= SMALL or second.numel() == 0 or first.device != second.device:
         return None
     learned = [x.requires_grad or scale.requires_grad for x, scale in zip(xs, scales)]
-    if learned[0] != learned[1] or not all(map(_suits_kernels, xs, scales)):
+    if learned[0] != learned[1] or not all(map(suits_kernels, xs, scales)):
         return None  # autograd would take both for learned
     return _FusedLearnedStepSizes.apply(limits, first, scales[0], second, scales[1])  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _suits_kernels(x: Tensor, scale: Tensor) -> bool:
-    return in_rows(scale, x) and not is_sharded(x)
 
 
 @torch.no_grad()

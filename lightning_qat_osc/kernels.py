@@ -15,6 +15,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 __all__ = [
     "BLOCK",
     "SMALL",
+    "Limit",
     "blocks",
     "compiled",
     "in_channels_last",
@@ -37,6 +38,9 @@ SMALL = 2**15
 It would also be made for one thread, if tensors so small were the first that it sees."""
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+Limit = TypeVar("Limit", int, Tensor)
+"""A limit of an integer grid: a number, or, for compiled kernels, a tensor without dimensions."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_qat_osc.functional import Limit
+from lightning_qat_osc.kernels import Limit
 from lightning_qat_osc.sharding import sharded_like
 
 __all__ = ["OscillationState", "advance", "pass_on_gradient"]

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_qat_osc.functional import Limit, fake_quantize
+from lightning_qat_osc.functional import fake_quantize
+from lightning_qat_osc.kernels import Limit
 
 __all__ = ["Aggregation", "add_dampening_gradient", "dampening_factor", "dampening_gradient", "dampening_loss"]
 

@@ -12,8 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lightning_qat_osc.functional import Limit
-from lightning_qat_osc.kernels import SMALL, blocks, compiled, joined_copy, memory, number, parted, rows
+from lightning_qat_osc.kernels import SMALL, Limit, blocks, compiled, joined_copy, memory, number, parted, rows
 from lightning_qat_osc.lookup import QuantizedWeight
 from lightning_qat_osc.oscillation import OscillationState, advance, pass_on_gradient
 from lightning_qat_osc.regularizers import Aggregation, add_dampening_gradient, dampening_factor

@@ -5,7 +5,7 @@ import torch
 from marks import needs_compiler
 from reference import fake_quantize_equation
 
-from lightning_qat_osc import functional, kernels
+from lightning_qat_osc import functional, kernels, lsq_gradients
 from lightning_qat_osc.functional import fake_quantize, fake_quantize_pair, integer_grid, quantize_to_int
 
 # powers of two, for which torch's multiplication by the reciprocal rounds as the division does
@@ -80,9 +80,9 @@ def test_both_gradients_are_autograds_of_the_printed_equation(shape, zero_point)
 @pytest.mark.parametrize("layout", ["a ragged row", "channels_last", "per channel", "channels of several blocks"])
 def test_large_gradients_are_autograds_of_the_printed_equation(monkeypatch, layout):
     monkeypatch.setattr(kernels, "BLOCK", 1000)
-    monkeypatch.setattr(functional, "BLOCK", 1000)
-    in_blocks = Mock(wraps=functional._gradients_in_blocks)
-    monkeypatch.setattr(functional, "_gradients_in_blocks", in_blocks)
+    monkeypatch.setattr(lsq_gradients, "BLOCK", 1000)
+    in_blocks = Mock(wraps=lsq_gradients._gradients_in_blocks)
+    monkeypatch.setattr(lsq_gradients, "_gradients_in_blocks", in_blocks)
     shape = {"a ragged row": (4321,), "per channel": (9, 70, 3, 3)}.get(layout, (3, 5, 20, 30))
     scales = {"per channel": 9, "channels of several blocks": 3}.get(layout, 1)
     x, upstream = torch.randn(2, *shape, dtype=torch.float64)
@@ -102,7 +102,7 @@ def test_large_gradients_are_autograds_of_the_printed_equation(monkeypatch, layo
 
 @pytest.mark.parametrize("large", [False, True])
 def test_of_what_needs_no_gradient_none_is_made(monkeypatch, large):
-    monkeypatch.setattr(functional, "BLOCK", 10 if large else 1000)
+    monkeypatch.setattr(lsq_gradients, "BLOCK", 10 if large else 1000)
     for learned in ([True, False], [False, True]):
         x, s = torch.randn(90, requires_grad=learned[0]), torch.full([1], 0.3, requires_grad=learned[1])
         fake_quantize(x, s, -4, 3).sum().backward()
@@ -279,9 +279,9 @@ def test_compiles_without_graph_break(shape, scales):
 
 def test_elsewhere_than_on_cpus_a_compiled_scale_is_summed_as_norms_sum():
     terms = torch.empty(2, 3, 20, 20)
-    assert functional._partly_summed(terms, on_cpu=False).shape == (1, 3, 1, 1)
-    assert functional._partly_summed(torch.empty(2, 40, 30), on_cpu=False).shape == (2, 40, 1)
-    assert functional._partly_summed(terms[..., 0, 0], on_cpu=False).shape == (2, 3)
+    assert lsq_gradients._partly_summed(terms, on_cpu=False).shape == (1, 3, 1, 1)
+    assert lsq_gradients._partly_summed(torch.empty(2, 40, 30), on_cpu=False).shape == (2, 40, 1)
+    assert lsq_gradients._partly_summed(terms[..., 0, 0], on_cpu=False).shape == (2, 3)
 
 
 @needs_compiler

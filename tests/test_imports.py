@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 # from the ground up: a module may import those in lines before its own
 FLOORS = [
     {"kernels", "sharding", "schedules", "layers", "arguments", "checks", "files", "tables", "modes"},
-    {"functional", "ranges", "recomputation", "copies", "dataflow"},
+    {"lsq_gradients", "ranges", "recomputation", "copies", "dataflow"},
+    {"functional"},
     {"oscillation", "regularizers", "batch_norm", "config"},
     {"quantizers", "metrics"},
     {"quantized_layer"},
@@ -58,6 +59,7 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TORCH_ONLY = {
     "kernels",
+    "lsq_gradients",
     "functional",
     "arguments",
     "recomputation",

@@ -13,6 +13,7 @@ from lightning_qat_osc import (
     fake_quantize,
     functional,
     kernels,
+    lsq_gradients,
     quantize_model,
     sweep,
 )
@@ -30,7 +31,7 @@ def path(request, monkeypatch):
     """Whether small weights are swept together or, as if they were large, alone and in blocks."""
     for module in (sweep, functional):
         monkeypatch.setattr(module, "SMALL", 2**15 if request.param == "together" else 0)
-    for module in (kernels, functional):
+    for module in (kernels, lsq_gradients):
         monkeypatch.setattr(module, "BLOCK", 7)
 
 
