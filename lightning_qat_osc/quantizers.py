@@ -209,9 +209,9 @@ class WeightQuantizer(Quantizer):
         quant_min, quant_max = integer_grid(self.bits, signed=True)
         groups = self.scale.numel()
         rows = weight.detach().movedim(self.channel_dim, 0).reshape(groups, -1) if groups > 1 else weight.reshape(1, -1)
-        word = None
+        problem = None
         if not bool(rows.isfinite().all()):
-            word = "its weight holds NaN or inf; its range comes from the finite values"
+            problem = "its weight holds NaN or inf; its range comes from the finite values"
             rows = rows.nan_to_num(0.0, 0.0, 0.0)
         scale = estimate_scale(rows, quant_min, quant_max, self.method)
         empty = rows.abs().amax(dim=1) == 0
@@ -220,9 +220,11 @@ class WeightQuantizer(Quantizer):
             fan_in = max(1, weight.numel() // weight.shape[self.channel_dim])
             scale = torch.where(empty, 1.0 / (math.sqrt(fan_in) * quant_max), scale)
             which = "its weight is" if groups == 1 else f"{int(empty.sum())} of its {groups} weight channels are"
-            word = word or f"{which} all zero; the range is that of torch's default initialisation, 1/sqrt(fan_in)"
+            problem = (
+                problem or f"{which} all zero; the range is that of torch's default initialisation, 1/sqrt(fan_in)"
+            )
         self.set_range(scale, quant_min, quant_max)
-        return word
+        return problem
 
     def to_int(self, weight: Tensor) -> Tensor:
         """The integers of a weight, int8."""

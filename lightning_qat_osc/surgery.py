@@ -104,8 +104,8 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
     if new:
         for _, child in model_modules(module):
             keep_off_fused_path(child)
-        for word in _full_precision(module, layers, new, planned):
-            warnings.warn(word, stacklevel=2)
+        for warning in _full_precision(module, layers, new, planned):
+            warnings.warn(warning, stacklevel=2)
     return module
 
 

@@ -4,8 +4,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qat_osc import LayerRule, QuantConfig, quantize_model
-from lightning_qat_osc.calibration import Calibrator, _Observed
+from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.lookup import quantizers
+from lightning_qat_osc.observation import ObservedInput
 
 
 class Net(nn.Module):
@@ -157,7 +158,7 @@ def test_hooks_are_gone_after_an_exception():
 
 
 def test_a_sample_does_not_grow_with_the_batches():
-    seen, few = _Observed(), _Observed()
+    seen, few = ObservedInput(), ObservedInput()
     batches = [torch.randn(2**17) * (1 + i % 3) for i in range(24)]
     for batch in batches:
         seen.add(batch)

@@ -20,7 +20,7 @@ FLOORS = [
     {"quantized_layer"},
     {"lookup"},
     {"sweep", "rules"},
-    {"surgery"},
+    {"surgery", "observation"},
     {"calibration", "plan", "loading", "checkpoints"},
     {"export.integers", "export.extras"},
     {"export.folding"},

@@ -109,8 +109,8 @@ def say_why_there_are_no_ranges(trainer: pl.Trainer) -> None:
 
 
 def _set_ranges(calibrator: Calibrator) -> None:
-    for word in calibrator.finish():
-        rank_zero_warn(word)
+    for warning in calibrator.finish():
+        rank_zero_warn(warning)
 
 
 def _loss_is_nan(output: Any) -> list[Tensor]:

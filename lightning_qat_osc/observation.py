@@ -1,0 +1,198 @@
+"""What forward passes show of a model: which layers run, on what, and what becomes of weights and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_qat_osc.dataflow import FollowsOutputs, WatchesWeights
+from lightning_qat_osc.lookup import weight_name
+from lightning_qat_osc.quantized_layer import QuantizedLayer
+from lightning_qat_osc.quantizers import InputQuantizer
+
+__all__ = ["Observation", "ObservedInput", "child_of"]
+
+_SAMPLE_PER_CALL = 2**16  # elements of each layer's input that are kept of a forward pass
+_SAMPLE = 2**18  # and of all forward passes, of all ranks
+
+
+def child_of(name: str) -> str:
+    """The child of the model that a layer is in."""
+    return name.partition(".")[0]
+
+
+@dataclass
+class ObservedInput:
+    """What was seen of one layer's input: a sample, and the extremes and finiteness of all of it."""
+
+    samples: list[Tensor] = field(default_factory=list)
+    lows: list[Tensor] = field(default_factory=list)
+    highs: list[Tensor] = field(default_factory=list)
+    finite: list[Tensor] = field(default_factory=list)
+    every: int = field(default=1, kw_only=True)  # element of a call's sample is kept: fewer, the more calls there are
+
+    def add(self, x: Tensor) -> None:
+        """Take the input of a call in: floating-point numbers, at least one."""
+        flat = x.detach().flatten()
+        is_finite = flat.isfinite().all()
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        # an odd stride does not fall in step with channels or pixels, of which there is mostly an even number
+        stride = -(-flat.numel() // _SAMPLE_PER_CALL) | 1
+        self.samples.append(flat[:: stride * self.every].clone())
+        self.thin_out(_SAMPLE)
+        flat = flat.nan_to_num(0.0, 0.0, 0.0)
+        self.lows.append(flat.amin())
+        self.highs.append(flat.amax())
+        self.finite.append(is_finite)
+
+    def thin_out(self, most: int) -> None:
+        """Keep at most so many elements, as large a share of each call."""
+        while sum(map(len, self.samples)) > max(most, len(self.samples)):
+            self.every *= 3  # odd, as the strides are
+            self.samples = [sample[::3].clone() for sample in self.samples]
+
+    def extend(self, other: ObservedInput) -> None:
+        """Take in what another has seen."""
+        self.samples += other.samples
+        self.lows += other.lows
+        self.highs += other.highs
+        self.finite += other.finite
+
+    def to(self, device: torch.device | str) -> ObservedInput:
+        """The same on a device."""
+        return ObservedInput(*([t.to(device) for t in ts] for ts in (self.samples, self.lows, self.highs, self.finite)))
+
+    def calibrate(self, quantizer: InputQuantizer) -> str | None:
+        """Set the range of an input's quantizer, if there is anything to set it from.
+
+        Returns:
+            What was wrong with the input and what that means, or None.
+        """
+        seen = self.to(quantizer.scale.device)
+        if not seen.samples:
+            return "its input was empty or held no floating-point numbers; it stays in full precision"
+        low, high = torch.stack(seen.lows).amin().item(), torch.stack(seen.highs).amax().item()
+        if low == high == 0.0:
+            return "its input was 0 throughout calibration and stays in full precision"
+        sample = torch.cat(seen.samples)
+        sample = sample[sample.isfinite()]
+        if not bool(sample.any()):  # a few values in many zeros, which it has missed
+            sample = sample.new_tensor([low, high])
+        quantizer.calibrate(sample, low, high)
+        if not bool(torch.stack(seen.finite).all()):
+            return "its input held NaN or inf during calibration; its range comes from the finite values"
+        return None
+
+
+class Observation:
+    """Watches forward passes.
+
+    Args:
+        layers: The layers of the model that can be quantized, by name.
+        trained: Names of those that are trained.
+
+    Attributes:
+        inputs: What was seen of each argument, by layer and argument.
+        repeated: Arguments that were, in some call, the tensor of one before them.
+        called: Names of the layers that ran, in the order of their first calls.
+        first: Of those that are trained, or whose outputs such ones read, the first to run; once it is finished.
+        last: Of those that are trained, the last to begin a forward pass.
+        weights: What is done to quantized weights.
+        flow: Where the outputs of layers that are not trained go.
+        followed: Whether the latter two have been watched.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], trained: Collection[str]) -> None:
+        self._layers = layers
+        self._trained = trained
+        self.inputs: dict[tuple[str, str], ObservedInput] = {}
+        self.repeated: set[tuple[str, str]] = set()
+        self.called: dict[str, None] = {}
+        self.first: str | None = None
+        self.last: str | None = None
+        self._running: list[tuple[str, nn.Module]] = []
+        self.flow = FollowsOutputs()
+        self.followed = False
+        names = {
+            id(weight): weight_name(name, parameter)
+            for name, layer in layers.items()
+            if isinstance(layer, QuantizedLayer)
+            for parameter in layer.parameter_quantizers
+            if (weight := layer._parameters.get(parameter)) is not None
+        }
+        self.weights = WatchesWeights(names, self._running)
+
+    @contextmanager
+    def observe(self, *, weights: bool = True) -> Iterator[None]:
+        """Watch every forward pass inside the context.
+
+        Args:
+            weights: Watch what is done to weights and outputs, too: not for a context in which optimizers move weights.
+        """
+        with ExitStack() as watching:
+            for name, layer in self._layers.items():
+                before = layer.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
+                after = layer.register_forward_hook(partial(self._leave, name), always_call=True)
+                watching.callback(before.remove)
+                watching.callback(after.remove)
+            watching.callback(self._running.clear)
+            if weights:
+                watching.enter_context(self.weights)
+                watching.enter_context(self.flow)
+                self.followed = True
+            yield
+
+    def _enter(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._running.append((name, layer))
+        self.called[name] = None
+        in_backward = torch._C._current_graph_task_id() != -1  # as activation checkpointing runs layers again
+        if name in self._trained and not in_backward:
+            self.flow.arrive((args, kwargs))
+            self.last = name
+        if not isinstance(layer, QuantizedLayer):
+            return
+        seen: list[Any] = []
+        for i, argument in enumerate(layer.argument_quantizers):
+            x = args[i] if i < len(args) else kwargs.get(argument)
+            x = x.data if isinstance(x, PackedSequence) else x
+            if any(x is other for other in seen):
+                self.repeated.add((name, argument))
+                continue  # one tensor is quantized once
+            if not isinstance(x, Tensor):
+                continue
+            seen.append(x)
+            observed = self.inputs.setdefault((name, argument), ObservedInput())
+            if x.is_floating_point() and x.numel() > 0:
+                observed.add(x)
+
+    def _leave(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
+        if self._running:
+            self._running.pop()
+        if name not in self._trained:
+            self.flow.leave(child_of(name), output)
+
+    def finish(self) -> None:
+        """Find the first layer, and give every rank what all ranks observed, in the order of the ranks."""
+        within = frozenset() if self.flow.bypassed else self.flow.arrived  # a backbone that is frozen, but no teacher
+        self.first = next((name for name in self.called if name in self._trained or child_of(name) in within), None)
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        for seen in self.inputs.values():
+            seen.thin_out(_SAMPLE // dist.get_world_size())
+        inputs = {key: seen.to("cpu") for key, seen in self.inputs.items()}
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, (self.first, self.last, self.called, inputs))
+        self.first, self.last = ranks[0][:2]
+        self.inputs = {}
+        for _, _, called, theirs in ranks:
+            self.called |= called
+            for key, seen in theirs.items():
+                self.inputs.setdefault(key, ObservedInput()).extend(seen)
