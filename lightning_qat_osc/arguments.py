@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["call_arguments", "with_quantized_arguments"]
+__all__ = ["call_arguments", "given_arguments", "with_quantized_arguments"]
 
 
 def call_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -18,6 +18,29 @@ def call_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
     if isinstance(example_input, Mapping):
         return (), dict(example_input)
     return (example_input,), {}
+
+
+def given_arguments(
+    names: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[tuple[str, Any, str | None]]:
+    """The first arguments of a layer's forward, as far as they are given.
+
+    Args:
+        names: Names of the arguments, in their order.
+        args: Positional arguments.
+        kwargs: The others.
+
+    Returns:
+        Name and value of each, and the name of an argument before it that is the same object, or None.
+    """
+    given: list[tuple[str, Any, str | None]] = []
+    for i, name in enumerate(names):
+        if i >= len(args) and name not in kwargs:
+            break  # the layer's own forward says what is missing
+        x = args[i] if i < len(args) else kwargs[name]
+        same = [other for other, y, _ in given if y is x]
+        given.append((name, x, same[0] if same else None))
+    return given
 
 
 def with_quantized_arguments(
@@ -37,21 +60,14 @@ def with_quantized_arguments(
     Returns:
         Both, with what ``quantize`` returned in place.
     """
-    seen: list[tuple[Any, Any]] = []
-    positional, keywords = list(args), dict(kwargs)
-    for i, name in enumerate(names):
-        if i >= len(args) and name not in kwargs:
-            break  # the layer's own forward says what is missing
-        x = args[i] if i < len(args) else kwargs[name]
-        before = [quantized for other, quantized in seen if other is x]
-        if before:
-            x_q = before[0]
+    quantized: dict[str, Any] = {}
+    for name, x, same_as in given_arguments(names, args, kwargs):
+        if same_as is not None:
+            quantized[name] = quantized[same_as]
+        elif isinstance(x, PackedSequence):
+            quantized[name] = x._replace(data=quantize(name, x.data))
         else:
-            packed = isinstance(x, PackedSequence)
-            x_q = x._replace(data=quantize(name, x.data)) if packed else quantize(name, x)
-            seen.append((x, x_q))
-        if i < len(args):
-            positional[i] = x_q
-        else:
-            keywords[name] = x_q
-    return tuple(positional), keywords
+            quantized[name] = quantize(name, x)
+    values = list(quantized.values())
+    by_name = dict(list(quantized.items())[len(args) :])
+    return (*values[: len(args)], *args[len(values) :]), {**kwargs, **by_name}

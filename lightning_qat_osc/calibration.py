@@ -80,7 +80,7 @@ class Calibrator:
 
     def _of_untrained(self, copies: Collection[str]) -> Iterator[str]:
         """A warning of layers that nobody trains, but for those of backbones, and one of copies of trained layers."""
-        if not self._seen.followed or (dist.is_available() and dist.is_initialized()):
+        if dist.is_available() and dist.is_initialized():
             return  # DDP has to be told of teachers before it waits for them
         fixed = [
             name

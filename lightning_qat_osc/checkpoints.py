@@ -109,11 +109,12 @@ def _grids(state: Mapping[str, Tensor]) -> Iterator[_Grid]:
             )
 
 
-def inspect_checkpoint(path: str | PathLike[str]) -> list[CheckpointWeight]:
+def inspect_checkpoint(path: str | PathLike[str], *, weights_only: bool = True) -> list[CheckpointWeight]:
     """The weights of the quantized layers of a checkpoint, in the order of its layers; shared ones once.
 
     Args:
         path: A checkpoint of Lightning, from the end of training or the middle, or a saved state_dict.
+        weights_only: Read nothing but tensors and plain values. False for a trusted checkpoint with other objects.
 
     Returns:
         One line for each weight, and for each layer of which only inputs are quantized.
@@ -121,7 +122,7 @@ def inspect_checkpoint(path: str | PathLike[str]) -> list[CheckpointWeight]:
     Raises:
         ValueError: If the checkpoint has no quantizers.
     """
-    return inspect_state(read_checkpoint(path)[1])
+    return inspect_state(read_checkpoint(path, weights_only=weights_only)[1])
 
 
 def inspect_state(state: Mapping[str, Tensor]) -> list[CheckpointWeight]:

@@ -6,6 +6,8 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 __all__ = [
     "LayerKind",
+    "calling_class",
     "calling_forward",
     "input_names",
     "keep_off_fused_path",
@@ -208,6 +211,29 @@ def calling_forward(layer_class: type[nn.Module]) -> type[nn.Module] | None:
     if kind is None or kind.forward is None or not any(layer_class.forward is c.forward for c in kind.classes()):
         return None
     return kind.forward
+
+
+def calling_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """The class of a layer with :func:`calling_forward` in the place of its own; the same class where that serves."""
+    calling = calling_forward(layer_class)
+    if calling is None or issubclass(layer_class, calling):
+        return layer_class
+    return calling if layer_class is calling.__base__ else _make_calling(cast(Any, layer_class))
+
+
+@cache
+def _make_calling(layer_class: Any) -> type[nn.Module]:
+    def reduce(layer: Any, protocol: Any) -> tuple[Any, ...]:
+        """Pickle by the layer's own class: this one is made at run time."""
+        return _new_calling, (layer_class,), nn.Module.__reduce_ex__(layer, max(protocol, 2))[2]
+
+    attributes = {"__module__": layer_class.__module__, "__doc__": layer_class.__doc__, "__reduce_ex__": reduce}
+    return type(layer_class.__name__, (cast(Any, calling_forward(layer_class)), layer_class), attributes)
+
+
+def _new_calling(layer_class: type[nn.Module]) -> nn.Module:
+    calling = cast(Any, calling_class(layer_class))
+    return cast(nn.Module, calling.__new__(calling))
 
 
 def keep_off_fused_path(module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from inspect import signature
@@ -12,11 +11,12 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from lightning_qat_osc.config import QuantConfig
+from lightning_qat_osc.deepcopies import copied
 from lightning_qat_osc.files import read_tensors
 from lightning_qat_osc.rules import bits_differences
 from lightning_qat_osc.surgery import quantize_model
 
-__all__ = ["config_of_checkpoint", "load_quantized", "load_with_arguments"]
+__all__ = ["config_of_checkpoint", "load_quantized", "load_with_arguments", "rename_state"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -103,7 +103,7 @@ def load_with_arguments(
         module: Module = cast(Any, module_class).load_from_checkpoint(
             checkpoint_path, map_location=map_location, strict=False, weights_only=weights_only, **arguments
         )
-        _rename_state(module, checkpoint)
+        rename_state(module, checkpoint)
         warnings.filterwarnings("ignore", message=".*full precision.*")  # training has told
         quantize_model(module, config)
     module.load_state_dict(checkpoint["state_dict"], strict=cast(Any, module).strict_loading)
@@ -115,16 +115,19 @@ def load_with_arguments(
     return module
 
 
-def _rename_state(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Do to a checkpoint what the module's ``on_load_checkpoint`` does to it.
+def rename_state(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Do to a checkpoint what the module's ``on_load_checkpoint`` does to it, and nothing to the module.
 
-    ``load_from_checkpoint`` has done it to a checkpoint of its own, and the module may have made layers then, which are
-    not to be made again: so a copy of it is asked.
+    That may make layers in it, which it has already, and with quantizers: so a copy of it is asked.
+
+    Args:
+        module: A LightningModule.
+        checkpoint: The checkpoint, which is changed.
     """
     hook, own = "on_load_checkpoint", type(module)
     lightnings = [base for base in own.__mro__ if hook in vars(base)][-1]
     if getattr(own, hook) is not vars(lightnings)[hook]:
-        cast(Any, copy.deepcopy(module)).on_load_checkpoint(checkpoint)
+        cast(Any, copied(module)).on_load_checkpoint(checkpoint)
 
 
 def config_of_checkpoint(checkpoint: dict[str, Any]) -> QuantConfig | None:

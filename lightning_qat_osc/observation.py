@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_qat_osc.arguments import given_arguments
 from lightning_qat_osc.dataflow import FollowsOutputs, WatchesWeights
 from lightning_qat_osc.lookup import weight_name
 from lightning_qat_osc.quantized_layer import QuantizedLayer
@@ -107,7 +108,6 @@ class Observation:
         last: Of those that are trained, the last to begin a forward pass.
         weights: What is done to quantized weights.
         flow: Where the outputs of layers that are not trained go.
-        followed: Whether the latter two have been watched.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], trained: Collection[str]) -> None:
@@ -120,7 +120,6 @@ class Observation:
         self.last: str | None = None
         self._running: list[tuple[str, nn.Module]] = []
         self.flow = FollowsOutputs()
-        self.followed = False
         names = {
             id(weight): weight_name(name, parameter)
             for name, layer in layers.items()
@@ -135,7 +134,7 @@ class Observation:
         """Watch every forward pass inside the context.
 
         Args:
-            weights: Watch what is done to weights and outputs, too: not for a context in which optimizers move weights.
+            weights: Watch what is done to weights, too: not for a context in which optimizers move them.
         """
         with ExitStack() as watching:
             for name, layer in self._layers.items():
@@ -146,8 +145,7 @@ class Observation:
             watching.callback(self._running.clear)
             if weights:
                 watching.enter_context(self.weights)
-                watching.enter_context(self.flow)
-                self.followed = True
+            watching.enter_context(self.flow)
             yield
 
     def _enter(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -159,19 +157,14 @@ class Observation:
             self.last = name
         if not isinstance(layer, QuantizedLayer):
             return
-        seen: list[Any] = []
-        for i, argument in enumerate(layer.argument_quantizers):
-            x = args[i] if i < len(args) else kwargs.get(argument)
-            x = x.data if isinstance(x, PackedSequence) else x
-            if any(x is other for other in seen):
-                self.repeated.add((name, argument))
-                continue  # one tensor is quantized once
-            if not isinstance(x, Tensor):
-                continue
-            seen.append(x)
-            observed = self.inputs.setdefault((name, argument), ObservedInput())
-            if x.is_floating_point() and x.numel() > 0:
-                observed.add(x)
+        for argument, given, same_as in given_arguments(layer.argument_quantizers, args, kwargs):
+            x = given.data if isinstance(given, PackedSequence) else given
+            if same_as is not None:
+                self.repeated.add((name, argument))  # one tensor is quantized once
+            elif isinstance(x, Tensor):
+                observed = self.inputs.setdefault((name, argument), ObservedInput())
+                if x.is_floating_point() and x.numel() > 0:
+                    observed.add(x)
 
     def _leave(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
         if self._running:
@@ -189,10 +182,11 @@ class Observation:
             seen.thin_out(_SAMPLE // dist.get_world_size())
         inputs = {key: seen.to("cpu") for key, seen in self.inputs.items()}
         ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (self.first, self.last, self.called, inputs))
+        dist.all_gather_object(ranks, (self.first, self.last, self.called, self.repeated, inputs))
         self.first, self.last = ranks[0][:2]
         self.inputs = {}
-        for _, _, called, theirs in ranks:
+        for _, _, called, repeated, theirs in ranks:
             self.called |= called
+            self.repeated |= repeated
             for key, seen in theirs.items():
                 self.inputs.setdefault(key, ObservedInput()).extend(seen)

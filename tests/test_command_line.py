@@ -27,9 +27,9 @@ from lightning_qat_osc import (
 from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.checkpoints import config_of_state, inspect_checkpoint
 from lightning_qat_osc.cli import main
+from lightning_qat_osc.deepcopies import copied
 from lightning_qat_osc.export import convert, load_packed, save_packed
 from lightning_qat_osc.export.comparison import OUTPUT, Difference, difference
-from lightning_qat_osc.export.convert import copied
 from lightning_qat_osc.lookup import quantized_layers, quantizers
 
 pytest.importorskip("safetensors")
@@ -123,6 +123,17 @@ def test_inspection_says_what_the_module_holds(run):
                 assert line.oscillating == pytest.approx((state.frequency > 0.005).double().mean().item())
 
 
+def test_inspection_of_a_checkpoint_with_other_objects(run, tmp_path):
+    folder, _ = run
+    checkpoint = torch.load(folder / "middle.ckpt", weights_only=True)
+    torch.save({**checkpoint, "path": Path("data")}, tmp_path / "objects.ckpt")
+    with pytest.raises(ValueError, match="weights_only=False"):
+        inspect_checkpoint(tmp_path / "objects.ckpt")
+    assert inspect_checkpoint(tmp_path / "objects.ckpt", weights_only=False) == inspect_checkpoint(
+        folder / "middle.ckpt"
+    )
+
+
 def test_inspect_prints_a_table(run, capsys):
     folder, _ = run
     assert main(["inspect", str(folder / "middle.ckpt")]) == 0
@@ -211,6 +222,35 @@ def test_compare_says_where_outputs_part(run, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line.endswith("parts here")] == ["point"]
     assert next(line for line in lines if line.startswith("point")).split()[3] == "0.5"
+
+
+class Routed(ConvModule):
+    """Has two heads, of which in full precision one sees everything: as if it were sent there for what it is."""
+
+    def __init__(self, lr=0.3):
+        super().__init__(lr)
+        self.other = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.relu(self.bn2(self.depthwise(F.relu(self.bn1(self.stem(x))))))
+        hidden = F.relu(self.point(x)).mean((2, 3))
+        n = 3 if hasattr(self.head, "weight_quantizer") else len(x)
+        return torch.cat(
+            [head(part) for head, part in ((self.head, hidden[:n]), (self.other, hidden[n:])) if len(part)]
+        )
+
+
+def test_compare_where_a_layer_runs_on_other_samples_or_not_at_all(tmp_path, capsys):
+    t = trainer([QuantizationAwareTraining(2, 3)], max_epochs=1)
+    t.fit(Routed(), Data())
+    t.save_checkpoint(tmp_path / "routed.ckpt")
+    torch.save(X, tmp_path / "x.pt")
+    command = ["compare", str(tmp_path / "routed.ckpt"), "--module", "test_command_line.Routed"]
+    assert main([*command, "--data", str(tmp_path / "x.pt")]) == 0
+    rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["head"] == ["head"]
+    assert rows["other"] == ["other"]
+    assert len(rows["point"]) > 3
 
 
 def test_numbers_that_are_none_are_no_equal_outputs():

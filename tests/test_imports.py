@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 
 # from the ground up: a module may import those in lines before its own
 FLOORS = [
-    {"kernels", "sharding", "schedules", "layers", "arguments", "checks", "files", "tables", "modes"},
+    {"kernels", "sharding", "schedules", "layers", "arguments", "checks", "files", "tables", "modes", "deepcopies"},
     {"lsq_gradients", "ranges", "recomputation", "copies", "dataflow"},
     {"functional"},
     {"oscillation", "regularizers", "batch_norm", "config"},

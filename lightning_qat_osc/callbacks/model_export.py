@@ -20,8 +20,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_qat_osc.callbacks._requirements import require_quantization
 from lightning_qat_osc.checks import check_choice
-from lightning_qat_osc.export.convert import copied
+from lightning_qat_osc.deepcopies import copied
 from lightning_qat_osc.export.formats import SUFFIXES, ExportFormat, export_model, require_packages
+from lightning_qat_osc.loading import rename_state
 from lightning_qat_osc.lookup import quantized_layers
 
 __all__ = ["ModelExport"]
@@ -117,8 +118,22 @@ class ModelExport(pl.Callback):
             )
         for export_format in self.formats:
             require_packages(export_format)
+        self._refuse_to_overwrite(trainer)
         if self.when == "fit_end" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(folder).mkdir(parents=True, exist_ok=True)
+
+    def _refuse_to_overwrite(self, trainer: pl.Trainer) -> None:
+        """Insist that no other ModelExport writes the same files."""
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(other, ModelExport) or other is self or other.when != self.when:
+                continue
+            folders = {str(Path(callback.dirpath or trainer.default_root_dir)) for callback in (self, other)}
+            shared = sorted({*self.formats} & {*other.formats})
+            if shared and (self.when == "best" or len(folders) == 1):
+                raise MisconfigurationException(
+                    f"two ModelExports with when='{self.when}' would write '{shared[0]}' to the same file: give each a "
+                    "dirpath of its own, with when='fit_end', or export the second network by the command."
+                )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the network, and what it may already have been exported as."""
@@ -133,7 +148,7 @@ class ModelExport(pl.Callback):
                 self._exported, self._files[best[0]] = best, files
         self._example_input = None
         if self.network is None:
-            self._example_input = pl_module.example_input_array
+            self._example_input = _on_cpu(pl_module.example_input_array)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -205,12 +220,13 @@ class ModelExport(pl.Callback):
 
     def _capture(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # DDP runs training_step in the place of forward, which it puts back before the step calls it
-        if getattr(network.forward, "__func__", None) is not type(network).forward:
+        forward = getattr(network.forward, "_torchdynamo_orig_callable", network.forward)  # of torch.compile(module)
+        if getattr(forward, "__func__", None) is not type(network).forward:
             return
         inputs: Any = args
         if kwargs:
             inputs = _by_name(network, args, kwargs)
-        self._example_input = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu().clone(), inputs)
+        self._example_input = _on_cpu(inputs)
 
     def _stop_capturing(self) -> None:
         if self._capturing is not None:
@@ -241,7 +257,7 @@ class ModelExport(pl.Callback):
             # the file, not the model: that may have moved on, and an averaged one is not in it now
             # written by this run, so whatever hyperparameters are in it, it is trusted
             checkpoint = torch.load(best[0], map_location="cpu", weights_only=False)
-            module.on_load_checkpoint(checkpoint)
+            rename_state(module, checkpoint)
             module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
             self._files[best[0]] = self._beside(best[0])
             self._export(self._network(module), self._files[best[0]])
@@ -271,6 +287,11 @@ class ModelExport(pl.Callback):
                 "export it with: give ModelExport the name of the submodule that is, as network, or set the module's "
                 "example_input_array."
             )
+
+
+def _on_cpu(inputs: Any) -> Any:
+    """A copy of what a forward takes, on the CPU."""
+    return pytree.tree_map_only(Tensor, lambda x: x.detach().cpu().clone(), inputs)
 
 
 def _by_name(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

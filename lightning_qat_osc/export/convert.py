@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils import _pytree as pytree
 
 from lightning_qat_osc.arguments import with_quantized_arguments
 from lightning_qat_osc.checks import check_module
+from lightning_qat_osc.deepcopies import copied
 from lightning_qat_osc.export.folding import Folding
 from lightning_qat_osc.export.folding import fold_batch_norm as fold
 from lightning_qat_osc.export.integers import (
@@ -27,7 +26,7 @@ from lightning_qat_osc.export.integers import (
     integer_weights,
     layers_by_every_name,
 )
-from lightning_qat_osc.layers import calling_forward, keep_off_fused_path, written_parameter
+from lightning_qat_osc.layers import calling_class, keep_off_fused_path, written_parameter
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantized_layer import QuantizedLayer
 
@@ -109,16 +108,13 @@ def convert(module: Module, *, fold_batch_norm: bool = False) -> Module:
 
     Raises:
         TypeError: If ``module`` is no module.
-        ValueError: If nothing in the module is quantized, or a layer cannot be converted; the message says why.
+        ValueError: If nothing in the module is quantized.
 
     Warns:
         UserWarning: Of each batch norm that stays although it was to be folded, with the reason; of a weight that
             calibration in this process has seen read outside of its layer.
     """
-    model = integer_model(module, fold_batch_norm=fold_batch_norm)
-    for name, reason in model.folding.kept.items():
-        warnings.warn(f"Batch norm '{name}' is not folded: {reason}.", stacklevel=2)
-    return cast(Module, model.module)
+    return cast(Module, integer_model(module, fold_batch_norm=fold_batch_norm).module)
 
 
 def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> IntegerModel:
@@ -129,11 +125,14 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
         fold_batch_norm: As for :func:`convert`.
 
     Returns:
-        The converted copy, the integers of its weights and the grids of its inputs.
+        The converted copy and the integers of its weights.
 
     Raises:
         TypeError: As :func:`convert`.
         ValueError: As :func:`convert`.
+
+    Warns:
+        UserWarning: As :func:`convert`, of the line that called the caller.
     """
     check_module("module", module)
     weights, inputs = integer_weights(module), input_grids(module)
@@ -161,39 +160,9 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
         return IntegerModel(plain, weights, list(arguments))
     weights, folding = fold(plain, weights)
     set_weights(plain, weights)
+    for name, reason in folding.kept.items():
+        warnings.warn(f"Batch norm '{name}' is not folded: {reason}.", stacklevel=3)
     return IntegerModel(plain, weights, list(arguments), folding)
-
-
-def copied(module: Module) -> Module:
-    """A deep copy, also of a module on which a forward pass has left tensors.
-
-    Raises:
-        TypeError: If an attribute cannot be copied; the message names it.
-    """
-    # such a tensor (a loss, a list of them, the weight of a norm) has a graph, and cannot be copied as it is
-    kept = [x for m in module.modules() for x in pytree.tree_leaves(list(vars(m).values())) if isinstance(x, Tensor)]
-    copies = {id(t): t.detach().clone() for t in kept if not t.is_leaf}
-    try:
-        copy_of_it = copy.deepcopy(module, dict(copies))
-    except Exception as error:
-        raise TypeError(f"{type(module).__name__} cannot be copied{_because_of(module, copies)}: {error}") from error
-    for m in copy_of_it.modules():
-        # the compiled call of a LightningModule is copied with it, and goes on calling the original
-        vars(m).pop("_compiled_call_impl", None)
-    return copy_of_it
-
-
-def _because_of(module: nn.Module, copies: Mapping[int, Tensor]) -> str:
-    """The attribute that keeps a module from being copied."""
-    of_any_module = vars(nn.Module())
-    for name, m in module.named_modules():
-        for key, value in vars(m).items():
-            if key not in of_any_module:
-                try:
-                    copy.deepcopy(value, dict(copies))
-                except Exception:
-                    return f", because of its attribute '{name}.{key}'".replace("'.", "'")
-    return ""
 
 
 def without_quantizers(module: Module) -> Module:
@@ -215,20 +184,10 @@ def prepare_layers(module: nn.Module, names: Iterable[str]) -> None:
     Args:
         module: A model without quantizers.
         names: The layers that were quantized.
-
-    Raises:
-        ValueError: If one of them cannot be converted.
     """
     for name in names:
         layer = module.get_submodule(name)
-        calling = calling_forward(type(layer))
-        if calling is not None and not isinstance(layer, calling):
-            if type(layer) is not calling.__base__:
-                raise ValueError(
-                    f"layer '{name}' cannot be exported: {type(layer).__name__} is a subclass of MultiheadAttention "
-                    "whose forward reads past the output projection. Use torch.nn.MultiheadAttention itself"
-                )
-            layer.__class__ = calling
+        layer.__class__ = calling_class(type(layer))
     for child in module.modules():
         keep_off_fused_path(child)
 

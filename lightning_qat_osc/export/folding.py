@@ -24,7 +24,7 @@ from lightning_qat_osc.export.integers import IntegerWeight
 from lightning_qat_osc.layers import layer_kind
 from lightning_qat_osc.lookup import qualified
 
-__all__ = ["CannotFoldError", "Folding", "fold_batch_norm", "remove_batch_norm", "scaled_channels"]
+__all__ = ["CannotFoldError", "Folding", "affine", "fold_batch_norm", "remove_batch_norm", "scaled_channels"]
 
 _FUNCTIONS = {
     nn.Conv1d: F.conv1d,
@@ -94,7 +94,10 @@ def fold_batch_norm(
             layer_name, layer = graphs.layer_before(norm)
             if graphs_of_defaults.layer_before(norm) != (layer_name, layer):
                 raise CannotFoldError("which layer is before it depends on the arguments that are given")
-            factor, bias = _affine(layer, norm)
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            statistics = norm.running_mean, norm.running_var
+            factor, bias = affine(layer.bias, norm.weight, norm.bias, *statistics, norm.eps)
             keys = [qualified(other, "weight") for other in graphs.names[layer]]
             axis = 1 if isinstance(layer, _ConvTransposeNd) else 0
             if keys[0] in weights:
@@ -135,15 +138,30 @@ def remove_batch_norm(module: nn.Module, norm_name: str, layer_name: str) -> Non
     layer.bias = nn.Parameter(weight.detach().new_zeros(_channels(layer)), requires_grad=trains)
 
 
-def _affine(layer: _Foldable, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """What a layer's output is multiplied with, and its new bias, each [C] in double precision."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
-    bias = bias * factor if norm.bias is None else norm.bias.double() + bias * factor
+def affine(
+    bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """What a batch norm in evaluation mode makes of the layer before it.
+
+    Args:
+        bias: That layer's, [C], or None.
+        gamma: Weight of the batch norm, [C], or None.
+        beta: Its bias, [C], or None.
+        mean: Its running mean, [C].
+        variance: Its running variance, [C].
+        epsilon: What it adds to the variance.
+
+    Returns:
+        What the layer's output without a bias is multiplied with, and its new bias, each [C] in double precision.
+
+    Raises:
+        CannotFoldError: If one of them is not finite.
+    """
+    factor = (variance.double() + epsilon).rsqrt()
+    if gamma is not None:
+        factor = factor * gamma.double()
+    shift = -mean.double() if bias is None else bias.double() - mean.double()
+    bias = shift * factor if beta is None else beta.double() + shift * factor
     if not bool((factor.isfinite() & bias.isfinite()).all()):
         raise CannotFoldError("its statistics or parameters are not finite")
     return factor, bias

@@ -56,9 +56,6 @@ def export_model(
         RuntimeError: If torch cannot export the module.
     """
     check_choice("export_format", export_format, ExportFormat)
-    check_module("module", module)
-    check_file("path", path)
-    require_packages(export_format)
     if export_format == "packed":
         save_packed(module, path)
         return
@@ -67,5 +64,7 @@ def export_model(
     if export_format == "onnx":
         export_onnx(module, path, example_input)
         return
+    check_module("module", module)
+    check_file("path", path)
     with written_whole(path) as temporary:
         torch.export.save(export_program(module, example_input), temporary)

@@ -27,6 +27,7 @@ from lightning_qat_osc.export.convert import (
     set_weights,
     without_quantizers,
 )
+from lightning_qat_osc.export.extras import require_extra
 from lightning_qat_osc.export.folding import CannotFoldError, remove_batch_norm
 from lightning_qat_osc.export.integers import InputGrid, IntegerWeight
 from lightning_qat_osc.files import written_whole
@@ -93,7 +94,9 @@ def save_packed(module: nn.Module, path: str | PathLike[str], *, fold_batch_norm
         ValueError: If nothing in the module is quantized, or a layer or a tensor of the state cannot be exported.
     """
     check_file("path", path)
-    serialized = _safetensors().torch.save
+    require_extra("packed", "save_packed")
+    import safetensors.torch
+
     model = integer_model(module, fold_batch_norm=fold_batch_norm)
     first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -122,7 +125,7 @@ def save_packed(module: nn.Module, path: str | PathLike[str], *, fold_batch_norm
     text = json.dumps(manifest)
     metadata = {"format": _FORMAT, "manifest": text, "sha256": _checksum(text, tensors)}
     try:
-        content = serialized(tensors, metadata)
+        content = safetensors.torch.save(tensors, metadata)
     except KeyError as error:  # a dtype that safetensors does not know
         odd = next(name for name, tensor in tensors.items() if tensor.dtype in error.args)
         raise ValueError(
@@ -186,7 +189,7 @@ def load_packed(path: str | PathLike[str], module: Module) -> Module:
         set_weights(plain, weights)
         for norm, layer in manifest["folded"].items():
             remove_batch_norm(plain, norm, layer)
-        plain.load_state_dict(state)
+        plain.load_state_dict(state, strict=getattr(plain, "strict_loading", True))  # a LightningModule's
         quantize_inputs(plain, inputs)
     except (AttributeError, RuntimeError, TypeError, CannotFoldError) as error:
         raise ValueError(f"{fspath(path)} does not fit {type(module).__name__}: {error}") from error
@@ -243,7 +246,9 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]
         FileNotFoundError: If there is no such file.
         ValueError: If it is no packed model, is damaged, or of a later version.
     """
-    safetensors = _safetensors()
+    require_extra("packed", "load_packed")
+    import safetensors
+
     try:
         with safetensors.safe_open(fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -261,11 +266,3 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]
             f"{fspath(path)} has version {manifest['version']} of the format, and this package reads {_VERSION}"
         )
     return manifest, tensors
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError('packed models need safetensors: pip install "lightning-qat-osc[packed]"') from error
-    return safetensors

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_qat_osc.arguments import call_arguments
 from lightning_qat_osc.export.convert import QuantizeInputs, integer_model
-from lightning_qat_osc.export.folding import CannotFoldError, scaled_channels
+from lightning_qat_osc.export.folding import CannotFoldError, affine, scaled_channels
 from lightning_qat_osc.export.integers import InputGrid, IntegerWeight
 
 __all__ = ["export_program", "register_operators"]
@@ -44,8 +44,9 @@ def export_program(
     """Export a quantized model as a graph whose weights are integers and which says where inputs are quantized.
 
     It computes what the fake-quantized model computes in evaluation mode. Weights are int8 tensors under the float
-    model's keys, followed by ``quantized_decomposed.dequantize_per_channel`` (``dequantize_per_tensor`` for an
-    embedding with one scale; for other layers one scale stands once for each channel, as the X86 lowering wants it).
+    model's keys, followed by ``quantized_decomposed.dequantize_per_channel`` or, where a weight has one scale,
+    ``dequantize_per_tensor``; but in convolutions and linear layers one scale stands once for each channel, as the X86
+    lowering wants it.
     Inputs pass through ``quantize_per_tensor`` and ``dequantize_per_tensor``, with a ``clamp`` of the integers between
     where their grid is narrower than 8 bits. Those are the operators that ``torchao.quantization.pt2e.lowering`` and
     ExecuTorch's backends recognise.
@@ -87,9 +88,8 @@ def export_program(
     _traceable(model.module, input_dtype)
     program = _trace(model.module, args, kwargs, shapes, type(module).__name__)
     if any(isinstance(child, fx.GraphModule) for child in program.graph_module.children()):
-        program = program.run_decompositions(
-            {}
-        )  # torch.no_grad() and autocast inside of a forward: graphs in the graph
+        # torch.no_grad() and autocast inside of a forward are graphs in the graph
+        program = program.run_decompositions({})
     graph_module = _unguarded(program)
     constants = _constants(graph_module)
     weights = _folded(graph_module.graph, constants, model.weights) if fold_batch_norm else model.weights
@@ -170,20 +170,20 @@ def _is(node: Any, targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
-def _constants(graph_module: fx.GraphModule) -> dict[str, Tensor]:
-    """The tensors that a graph reads, by the names of its ``get_attr`` nodes."""
+def _constants(graph_module: fx.GraphModule) -> dict[str, Any]:
+    """The tensors, and the graphs of control flow, that a graph reads, by the names of its ``get_attr`` nodes."""
     graph_module.graph.eliminate_dead_code()
-    constants = {}
+    constants: dict[str, Any] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         value: Any = graph_module
         for part in node.target.split("."):
             value = getattr(value, part)
-        constants[node.target] = value.detach()
+        constants[node.target] = value.detach() if isinstance(value, Tensor) else value
     return constants
 
 
 def _folded(
-    graph: fx.Graph, constants: dict[str, Tensor], weights: Mapping[str, IntegerWeight]
+    graph: fx.Graph, constants: dict[str, Any], weights: Mapping[str, IntegerWeight]
 ) -> dict[str, IntegerWeight]:
     """Fold batch norms into the quantized layers before them, and return the integers of all weights."""
     weights = dict(weights)
@@ -195,20 +195,18 @@ def _folded(
         bias = layer.args[2] if len(layer.args) > 2 else None
         if any(n is not None and n.op != "get_attr" for n in (bias, *statistics)):  # computed
             continue
-        gamma, beta, mean, variance = (None if n is None else constants[n.target].double() for n in statistics)
+        gamma, beta, mean, variance = (None if n is None else constants[n.target] for n in statistics)
         weight = layer.args[1]
-        assert mean is not None
-        assert variance is not None
-        factor = (variance + epsilon).rsqrt() * (1.0 if gamma is None else gamma)
         try:
+            old_bias = None if bias is None else constants[bias.target]
+            factor, new_bias = affine(old_bias, gamma, beta, cast(Tensor, mean), cast(Tensor, variance), epsilon)
             weights[weight.target] = scaled_channels(weights[weight.target], factor, axis)
         except CannotFoldError:
             continue
-        shift = -mean if bias is None else constants[bias.target].double() - mean
         name = weight.target.removesuffix("weight") + "bias"
         while name in constants and (bias is None or bias.target != name or len(bias.users) > 1):
             name += "_folded"
-        constants[name] = (shift * factor + (0.0 if beta is None else beta)).float()
+        constants[name] = new_bias.float()
         with graph.inserting_before(layer):
             layer.args = (*layer.args[:2], graph.create_node("get_attr", name), *layer.args[3:])
         node.replace_all_uses_with(layer)
@@ -218,7 +216,7 @@ def _folded(
 
 def _folding_axis(layer: Any, weights: Mapping[str, IntegerWeight]) -> int | None:
     """The weight's dimension of output channels, of a quantized layer that nothing but a batch norm follows."""
-    axis = _output_channels(layer)
+    axis = _channel_axis(layer)
     if axis is None or len(layer.users) > 1 or layer.args[1].target not in weights or len(layer.args[1].users) > 1:
         return None
     if layer.meta["val"].dim() != layer.args[1].meta["val"].dim():
@@ -227,7 +225,7 @@ def _folding_axis(layer: Any, weights: Mapping[str, IntegerWeight]) -> int | Non
     return axis if groups == 1 else None
 
 
-def _store_integers(graph: fx.Graph, constants: dict[str, Tensor], weights: Mapping[str, IntegerWeight]) -> None:
+def _store_integers(graph: fx.Graph, constants: dict[str, Any], weights: Mapping[str, IntegerWeight]) -> None:
     """Put integers and their dequantization in the place of the weights, anew for each use."""
     for node in graph.find_nodes(op="get_attr"):
         weight = weights.get(node.target)
@@ -237,32 +235,32 @@ def _store_integers(graph: fx.Graph, constants: dict[str, Tensor], weights: Mapp
         grids: dict[int, tuple[str, str]] = {}  # by the dimension of output channels, of which two users may have two
         for user in list(node.users):
             limits = weight.quant_min, weight.quant_max, torch.int8
-            axis = _output_channels(user) if weight.channel_axis is None else weight.channel_axis
+            axis = _channel_axis(user) if weight.channel_axis is None else weight.channel_axis
             with graph.inserting_before(user):
                 if axis is None:
                     arguments = node, weight.scale.item(), 0, *limits
                     dequantized = graph.call_function(_quantized.dequantize_per_tensor.default, arguments)
                 else:
                     if axis not in grids:
-                        names = (_unused(f"{node.target}_{part}", constants) for part in ("scale", "zero_point"))
-                        scale, zero_point = grids[axis] = (*names,)  # type: ignore[assignment]
+                        scale, zero_point = (_unused(f"{node.target}_{n}", constants) for n in ("scale", "zero_point"))
                         channels = weight.values.shape[axis]
                         constants[scale] = weight.scale.float().flatten().expand(channels).clone()
                         constants[zero_point] = torch.zeros(channels, dtype=torch.int64)
+                        grids[axis] = scale, zero_point
                     grid = (graph.create_node("get_attr", name) for name in grids[axis])
                     arguments = node, *grid, axis, *limits
                     dequantized = graph.call_function(_quantized.dequantize_per_channel.default, arguments)
             user.replace_input_with(node, dequantized)
 
 
-def _unused(name: str, constants: Mapping[str, Tensor]) -> str:
+def _unused(name: str, constants: Mapping[str, Any]) -> str:
     """A name that no tensor of the model has."""
     while name in constants:
         name += "_of_grid"
     return name
 
 
-def _output_channels(layer: Any) -> int | None:
+def _channel_axis(layer: Any) -> int | None:
     """The weight's dimension of output channels, or None where a backend does not ask for scales by channel."""
     if _is(layer, _TRANSPOSED):
         return 1

@@ -379,7 +379,67 @@ class Partial(ConvModule):
 def test_checkpoints_of_a_module_that_leaves_a_part_out(tmp_path):
     best = ModelCheckpoint(tmp_path, filename="best", monitor="val_loss")
     fit(Partial(), ModelExport(when="best"), tmp_path, best, max_epochs=2, enable_checkpointing=True)
-    assert (tmp_path / "best.safetensors").exists()
+    loaded = load_packed(tmp_path / "best.safetensors", Partial())
+    with torch.no_grad():
+        assert torch.equal(loaded(X), load_quantized(Partial, tmp_path / "best.ckpt").eval()(X))
+
+
+class Growing(ConvModule):
+    """Makes its head as it loads."""
+
+    def on_load_checkpoint(self, checkpoint):
+        self.head = torch.nn.Linear(self.head.in_features, self.head.out_features)
+
+
+def test_checkpoints_of_a_module_that_makes_layers_as_it_loads(tmp_path):
+    best = ModelCheckpoint(tmp_path, filename="best", monitor="val_loss")
+    fit(Growing(), ModelExport(when="best"), tmp_path, best, max_epochs=2, enable_checkpointing=True)
+    loaded = load_packed(tmp_path / "best.safetensors", Growing())
+    with torch.no_grad():
+        assert torch.equal(loaded(X), load_quantized(Growing, tmp_path / "best.ckpt").eval()(X))
+
+
+class Quiet(ConvModule):
+    """Its steps do not log: Dynamo fails in self.log."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's, where a hook breaks the graph
+def test_a_module_that_is_compiled_as_a_whole(tmp_path):
+    module = Quiet()
+    export = ModelExport(["packed", "torch"])
+    fit(torch.compile(module, backend="eager"), export, tmp_path, max_epochs=1)
+    plain = convert(module)
+    with torch.no_grad():
+        expected = module.eval()(X)
+        assert torch.equal(load_packed(tmp_path / "model.safetensors", Quiet())(X), expected)
+        assert torch.allclose(run_program(tmp_path / "model.pt2", X), expected, atol=1e-5)
+        for p in module.parameters():
+            p.zero_()
+        assert torch.equal(plain(X), expected)  # and not by the original's forward
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"formats": ["packed"]}, {"formats": ["torch", "packed"], "network": "stem"}),
+        ({"formats": ["packed"], "when": "best"}, {"formats": ["packed"], "when": "best", "network": "stem"}),
+    ],
+)
+def test_two_that_write_the_same_file_are_refused(one, other, tmp_path):
+    best = ModelCheckpoint(tmp_path, monitor="val_loss")
+    with pytest.raises(MisconfigurationException, match="would write 'packed' to the same file"):
+        fit(ConvModule(), ModelExport(**one), tmp_path, ModelExport(**other), best, enable_checkpointing=True)
+    fit(
+        ConvModule(), ModelExport(dirpath=str(tmp_path / "a")), tmp_path, ModelExport(dirpath=str(tmp_path / "b")),
+        max_epochs=1,
+    )  # fmt: skip
+    assert {path.parent.name for path in tmp_path.rglob("model.safetensors")} == {"a", "b"}
 
 
 def test_a_network_that_is_no_name():

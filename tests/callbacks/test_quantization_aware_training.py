@@ -591,15 +591,16 @@ def test_a_scale_without_a_gradient_in_a_step_stays_where_it_is():
         assert before[still] == after[still]
 
 
-def test_a_frozen_backbone_holds_the_first_layer():
-    class Transfer(ConvModule):
+@pytest.mark.parametrize("base", [ConvModule, Manual])
+def test_a_frozen_backbone_holds_the_first_layer(base):
+    class Transfer(base):
         def __init__(self):
             super().__init__()
             for layer in (self.stem, self.bn1, self.depthwise, self.bn2):
                 layer.requires_grad_(False)
 
     module = Transfer()
-    trainer([qat()], max_steps=1).fit(module, Data())
+    trainer([qat(calibration_batches=1)], max_steps=1).fit(module, Data())
     bits = {n: (x.weight_quantizer.bits, x.input_quantizer.bits) for n, x in quantized_layers(module).items()}
     assert bits == {"stem": (8, None), "depthwise": (3, 3), "point": (3, 3), "head": (8, 8)}
 

@@ -255,10 +255,12 @@ class OwnAttention(nn.MultiheadAttention):
     """A subclass without a forward of its own."""
 
 
-def test_what_cannot_be_converted_is_named():
+def test_an_attention_of_a_class_of_its_own():
     model = calibrated(Only(OwnAttention(16, 2)), x16, x16, x16)
-    with pytest.raises(ValueError, match="'layer' cannot be exported: OwnAttention is a subclass"):
-        convert(model)
+    plain = convert(model)
+    assert isinstance(plain.layer, OwnAttention)
+    for copy_of_it in (plain, copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
+        assert_equal(copy_of_it(x16, x16, x16), model(x16, x16, x16))
 
 
 def test_a_model_without_ranges_is_refused():

@@ -41,6 +41,7 @@ def assert_close(out, expected):
     assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.filterwarnings("ignore:Batch norm .* is not folded")
 @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_the_same_function_and_the_same_integers(data):
@@ -345,6 +346,7 @@ class Padding(nn.Module):
         return self.norm(self.conv(F.pad(x, [int(x.shape[-1]) % 2 + 1] * 4)))
 
 
+@pytest.mark.filterwarnings("ignore:Batch norm .* is not folded")
 def test_the_nearest_module_that_cannot_be_traced_is_named():
     model = calibrated(nn.Sequential(Padding(), nn.Sequential(Padding())), torch.randn(4, 3, 5, 5))
     kept = integer_model(model, fold_batch_norm=True).folding.kept

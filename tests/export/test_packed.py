@@ -264,9 +264,11 @@ def test_others_may_read_the_file(tmp_path):
 
 
 def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r'pip install "lightning-qat-osc\[packed\]"'):
         load_packed(tmp_path / "model.safetensors", ConvModule())
+    with pytest.raises(ImportError, match=r'save_packed needs safetensors: pip install "lightning-qat-osc\[packed\]"'):
+        save_packed(ConvModule(), tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.spectral_norm])

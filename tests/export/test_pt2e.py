@@ -208,3 +208,25 @@ def test_a_forward_that_switches_gradients_and_autocast():
     program = export_program(model, x)
     assert torch.equal(program.module()(x), outputs(model, x))
     assert len(program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)) == 3
+
+
+class Controlled(nn.Module):
+    """Branches on values, in the form that torch can trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.last(torch.cond(hidden.sum() > 0, lambda y: y.relu(), lambda y: y.sigmoid(), (hidden,)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch, as it traces the branches
+def test_control_flow_stays_in_the_graph():
+    with torch.compiler.set_stance("force_eager"):  # as the passes of the callbacks are
+        model = calibrated(Controlled(), torch.randn(8, 4)).eval()
+    program = export_program(model, torch.randn(8, 4)).module()
+    for x in (torch.randn(5, 4), -torch.randn(5, 4).abs(), torch.randn(5, 4).abs()):
+        with torch.no_grad():
+            assert torch.allclose(program(x), model(x), atol=1e-5)
