@@ -478,6 +478,7 @@ class CountingNet(Counting, nn.Sequential):
         return nn.Sequential.forward(self, x)
 
 
+@pytest.mark.filterwarnings("ignore:Batch norm .* is not folded")
 @pytest.mark.parametrize(
     "make",
     [
