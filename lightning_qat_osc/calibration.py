@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_qat_osc.config import QuantConfig
 from lightning_qat_osc.copies import untrained_copies
 from lightning_qat_osc.lookup import own_parameters, weight_name
-from lightning_qat_osc.observation import Observation, child_of
+from lightning_qat_osc.observation import Observation
 from lightning_qat_osc.quantized_layer import QuantizedLayer, latent_weight
 from lightning_qat_osc.quantizers import InputQuantizer
 from lightning_qat_osc.surgery import quantizable_layers
@@ -82,27 +82,39 @@ class Calibrator:
         """A warning of layers that nobody trains, but for those of backbones, and one of copies of trained layers."""
         if dist.is_available() and dist.is_initialized():
             return  # DDP has to be told of teachers before it waits for them
+        part_of, arrived = self._seen.part_of, self._seen.flow.arrived
         fixed = [
             name
             for name in self._seen.called
-            if name in self._quantized and name not in self._trained and child_of(name) not in self._seen.flow.arrived
+            if name in self._quantized and name not in self._trained and part_of[name] not in self._seen.backbones
         ]
         followers = [name for name in fixed if name in copies]
-        beside = {child_of(name) for name in followers}
-        others = [name for name in fixed if child_of(name) not in beside]
-        leave_out = "in full precision with LayerRule(pattern='{}', weight_bits=None, activation_bits=None)."
-        if others:
+        beside = {part_of[name] for name in followers}
+        others = [name for name in fixed if part_of[name] not in beside]
+        unread = [name for name in others if part_of[name] not in arrived]
+        read = [name for name in others if part_of[name] in arrived]
+        teacher = "are of a teacher or a loss network, whose outputs are to stay as they are, leave them"
+        if unread:
             yield (
-                f"Nothing that is trained follows {', '.join(others[:5])}, which are quantized and not trained. If "
-                "they are of a teacher or a loss network, whose outputs are to stay as they are, leave them "
-                f"{leave_out.format(others[0])}"
+                f"Nothing that is trained follows {', '.join(unread[:5])}, which are quantized and not trained. If "
+                f"they {teacher} {self._leave_out(unread[0])}"
+            )
+        if read:
+            yield (
+                f"{', '.join(read[:5])} are quantized and not trained, and not all that is trained follows them. If "
+                f"they {teacher} {self._leave_out(read[0])}"
             )
         if followers:
             yield (
                 f"{', '.join(followers[:5])} compute in training and are copies of layers that are trained, and "
                 "quantized like these. A moving average or a target network is to be; leave a fixed teacher "
-                f"{leave_out.format(followers[0])}"
+                f"{self._leave_out(followers[0])}"
             )
+
+    def _leave_out(self, name: str) -> str:
+        part = self._seen.part_of[name]
+        pattern = name if part == name else f"{part}.*"
+        return f"in full precision with LayerRule(pattern='{pattern}', weight_bits=None, activation_bits=None)."
 
     def _of_weights(self) -> Iterator[str]:
         """Warnings of weights that are not used as their quantizers have them."""

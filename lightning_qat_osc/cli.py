@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         help="what forward takes, for onnx and torch: .npy or .pt with a tensor, .pt with a tuple of arguments, .npz "
         "or .pt with a dictionary of keyword arguments; the module's example_input_array if not given",
     )
+    export.add_argument(
+        "--fixed-batch", action="store_true", help="keep the batch size of the input, where the forward fixes it"
+    )
     export.set_defaults(run=_export)
 
     compare = commands.add_parser("compare", help="float, fake-quantized and exported outputs, layer by layer")
@@ -130,7 +133,7 @@ def _export(options: argparse.Namespace) -> None:
         why = "the module has no example_input_array" if network is module else "example_input_array is the module's"
         raise ValueError(f"--input must be given for '{options.to}': {why}")
     output = options.output or options.checkpoint.with_suffix(SUFFIXES[options.to])
-    export_model(network, output, options.to, example_input)
+    export_model(network, output, options.to, example_input, dynamic_batch=not options.fixed_batch)
     _say(f"{output}: {output.stat().st_size} bytes")
 
 

@@ -41,6 +41,12 @@ def _is_in_place(function: str) -> bool:
     return function in ("__setitem__", "__set__") or _IN_PLACE.fullmatch(function) is not None
 
 
+def _hands_over(func: Any, function: str) -> bool:
+    """Whether a function hands a weight over, or is told which it is, and computes nothing with it."""
+    attribute = getattr(getattr(func, "__self__", None), "__name__", "") if function == "__get__" else ""
+    return function in ("detach", "copy_", "grad", "backward") or attribute in ("data", "grad")
+
+
 def _share_memory(x: object, other: Tensor) -> bool:
     if not isinstance(x, Tensor) or is_sharded(x) or is_sharded(other):
         return x is other
@@ -94,7 +100,7 @@ class WatchesWeights(TorchFunctionMode):
             aliases: Any = self._aliases
             for x in values:
                 aliases[x] = changed[0]
-        if values and not self._running:
+        if values and not self._running and not _hands_over(func, function):
             for x in read:
                 if id(x) in self._weights and isinstance(x, nn.Parameter):
                     self.read_outside.setdefault(self._weights[id(x)], function)

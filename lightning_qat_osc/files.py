@@ -10,13 +10,14 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import fsspec
 import torch
 
 __all__ = ["read_tensors", "written_whole"]
 
 
 def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: bool) -> Any:
-    """``torch.load``, with an error that says what to do.
+    """``torch.load``, with an error that says what to do. Paths with ``://`` are fsspec's, as Lightning takes them.
 
     Raises:
         OSError: If the file is not there, or is not to be read.
@@ -30,6 +31,9 @@ def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: 
             "ModelParallelStrategy(save_distributed_checkpoint=False)"
         )
     try:
+        if "://" in os.fspath(path):
+            with fsspec.open(os.fspath(path), "rb") as file:
+                return torch.load(file, map_location=map_location, weights_only=weights_only)
         with open(path, "rb") as file:  # what is wrong from here on is wrong in it
             file.read(1)
         return torch.load(path, map_location=map_location, weights_only=weights_only)

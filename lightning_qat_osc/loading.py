@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from inspect import signature
@@ -11,8 +12,8 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from lightning_qat_osc.config import QuantConfig
-from lightning_qat_osc.deepcopies import copied
 from lightning_qat_osc.files import read_tensors
+from lightning_qat_osc.lookup import quantizers
 from lightning_qat_osc.rules import bits_differences
 from lightning_qat_osc.surgery import quantize_model
 
@@ -87,7 +88,8 @@ def load_with_arguments(
             "saved state_dict into a module of quantize_model(module, config)"
         )
     state = checkpoint["state_dict"]
-    if not any(key.endswith("_quantizer.grid") for key in state):
+    grids = [value for key, value in state.items() if key.endswith("_quantizer.grid")]
+    if not grids:
         raise ValueError(
             f"checkpoint_path must be that of a quantized module, and {checkpoint_path} has no quantizers: use "
             f"{module_class.__name__}.load_from_checkpoint"
@@ -103,14 +105,19 @@ def load_with_arguments(
         module: Module = cast(Any, module_class).load_from_checkpoint(
             checkpoint_path, map_location=map_location, strict=False, weights_only=weights_only, **arguments
         )
-        rename_state(module, checkpoint)
         warnings.filterwarnings("ignore", message=".*full precision.*")  # training has told
         quantize_model(module, config)
+    rename_state(module, checkpoint)  # with quantizers in the module: the hook may leave out what it has not
     module.load_state_dict(checkpoint["state_dict"], strict=cast(Any, module).strict_loading)
+    if not any(q.calibrated for q in quantizers(module)) and any(grid[-1] for grid in grids):
+        raise ValueError(
+            f"the on_load_checkpoint of {module_class.__name__} leaves the quantizers of {checkpoint_path} out"
+        )
     differences = bits_differences(module, config)
     if differences:
         raise ValueError(
-            f"config is of another quantization than {checkpoint_path}, where {'; '.join(differences[:5])}"
+            f"config is of another quantization than {checkpoint_path}, where {'; '.join(differences[:5])}. For other "
+            f"bits, load the weights alone, with {module_class.__name__}.load_from_checkpoint(path, strict=False)"
         )
     return module
 
@@ -118,16 +125,30 @@ def load_with_arguments(
 def rename_state(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Do to a checkpoint what the module's ``on_load_checkpoint`` does to it, and nothing to the module.
 
-    That may make layers in it, which it has already, and with quantizers: so a copy of it is asked.
+    That may make layers in it, which it has already, and with quantizers: so one like it is asked.
 
     Args:
         module: A LightningModule.
         checkpoint: The checkpoint, which is changed.
     """
-    hook, own = "on_load_checkpoint", type(module)
-    lightnings = [base for base in own.__mro__ if hook in vars(base)][-1]
-    if getattr(own, hook) is not vars(lightnings)[hook]:
-        cast(Any, copied(module)).on_load_checkpoint(checkpoint)
+    hook = "on_load_checkpoint"
+    lightnings = [base for base in type(module).__mro__ if hook in vars(base)][-1]
+    if getattr(getattr(module, hook), "__func__", None) is not vars(lightnings)[hook]:
+        cast(Any, _twin(module, {})).on_load_checkpoint(checkpoint)
+
+
+def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Modules like a module and those in it, around the same tensors and attributes: not all of these can be copied."""
+    if module not in twins:
+        twin = twins[module] = object.__new__(type(module))
+        vars(twin).update(vars(module))
+        for name, held in vars(module).items():
+            if type(held) in (dict, list, set):
+                vars(twin)[name] = copy.copy(held)
+        twin._modules = {
+            name: None if child is None else _twin(child, twins) for name, child in module._modules.items()
+        }
+    return twins[module]
 
 
 def config_of_checkpoint(checkpoint: dict[str, Any]) -> QuantConfig | None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,15 +20,26 @@ from lightning_qat_osc.lookup import weight_name
 from lightning_qat_osc.quantized_layer import QuantizedLayer
 from lightning_qat_osc.quantizers import InputQuantizer
 
-__all__ = ["Observation", "ObservedInput", "child_of"]
+__all__ = ["Observation", "ObservedInput"]
 
 _SAMPLE_PER_CALL = 2**16  # elements of each layer's input that are kept of a forward pass
 _SAMPLE = 2**18  # and of all forward passes, of all ranks
+_GOLDEN = (5**0.5 - 1) / 2  # steps of a whole number and this are in step with no number of features
 
 
-def child_of(name: str) -> str:
-    """The child of the model that a layer is in."""
-    return name.partition(".")[0]
+def _sample(x: Tensor) -> Tensor:
+    """Some elements of a tensor, flat, of all of its features and places."""
+    flat = x.detach().flatten()
+    every = -(-flat.numel() // _SAMPLE_PER_CALL)
+    if x.dim() > 3:  # an image's features are far apart, and its pixels mostly even in number
+        return flat[:: every | 1]
+    return flat if every == 1 else _spread(flat, every + _GOLDEN)
+
+
+def _spread(flat: Tensor, every: float) -> Tensor:
+    """The elements at multiples of a number, rounded down, the first at least."""
+    count = max(1, int(flat.numel() / every))
+    return flat[torch.arange(count, device=flat.device, dtype=torch.float32).mul_(every).long()]
 
 
 @dataclass
@@ -38,38 +50,40 @@ class ObservedInput:
     lows: list[Tensor] = field(default_factory=list)
     highs: list[Tensor] = field(default_factory=list)
     finite: list[Tensor] = field(default_factory=list)
-    every: int = field(default=1, kw_only=True)  # element of a call's sample is kept: fewer, the more calls there are
+    every: float = field(default=1.0, kw_only=True)  # element of a call's sample is kept: fewer, the more calls
+    kept: int = field(default=0, kw_only=True)  # elements in all samples: of calls there may be thousands
 
     def add(self, x: Tensor) -> None:
         """Take the input of a call in: floating-point numbers, at least one."""
-        flat = x.detach().flatten()
-        is_finite = flat.isfinite().all()
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        # an odd stride does not fall in step with channels or pixels, of which there is mostly an even number
-        stride = -(-flat.numel() // _SAMPLE_PER_CALL) | 1
-        self.samples.append(flat[:: stride * self.every].clone())
+        sample = _sample(x).to(torch.promote_types(x.dtype, torch.float32))
+        self.samples.append(sample.clone() if self.every == 1.0 else _spread(sample, self.every))
+        self.kept += self.samples[-1].numel()
         self.thin_out(_SAMPLE)
-        flat = flat.nan_to_num(0.0, 0.0, 0.0)
+        flat = x.detach().flatten()
+        self.finite.append(flat.isfinite().all())
+        flat = flat.to(sample.dtype).nan_to_num(0.0, 0.0, 0.0)
         self.lows.append(flat.amin())
         self.highs.append(flat.amax())
-        self.finite.append(is_finite)
 
     def thin_out(self, most: int) -> None:
         """Keep at most so many elements, as large a share of each call."""
-        while sum(map(len, self.samples)) > max(most, len(self.samples)):
-            self.every *= 3  # odd, as the strides are
-            self.samples = [sample[::3].clone() for sample in self.samples]
+        while self.kept > max(most, len(self.samples)):
+            self.every *= 2.0 + _GOLDEN
+            self.samples = [_spread(sample, 2.0 + _GOLDEN) for sample in self.samples]
+            self.kept = sum(sample.numel() for sample in self.samples)
 
     def extend(self, other: ObservedInput) -> None:
         """Take in what another has seen."""
         self.samples += other.samples
+        self.kept += other.kept
         self.lows += other.lows
         self.highs += other.highs
         self.finite += other.finite
 
     def to(self, device: torch.device | str) -> ObservedInput:
         """The same on a device."""
-        return ObservedInput(*([t.to(device) for t in ts] for ts in (self.samples, self.lows, self.highs, self.finite)))
+        seen = ([t.to(device) for t in ts] for ts in (self.samples, self.lows, self.highs, self.finite))
+        return ObservedInput(*seen, every=self.every, kept=self.kept)
 
     def calibrate(self, quantizer: InputQuantizer) -> str | None:
         """Set the range of an input's quantizer, if there is anything to set it from.
@@ -107,7 +121,8 @@ class Observation:
         first: Of those that are trained, or whose outputs such ones read, the first to run; once it is finished.
         last: Of those that are trained, the last to begin a forward pass.
         weights: What is done to quantized weights.
-        flow: Where the outputs of layers that are not trained go.
+        flow: Where the outputs of layers that are not trained go, by the parts of the model that they are in.
+        part_of: Name of a layer -> the outermost part of the model around it in which nothing is trained.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], trained: Collection[str]) -> None:
@@ -120,6 +135,11 @@ class Observation:
         self.last: str | None = None
         self._running: list[tuple[str, nn.Module]] = []
         self.flow = FollowsOutputs()
+        around = {prefix for name in trained for prefix in accumulate(name.split("."), "{}.{}".format)}
+        self.part_of = {
+            name: next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix not in around), name)
+            for name in layers
+        }
         names = {
             id(weight): weight_name(name, parameter)
             for name, layer in layers.items()
@@ -170,12 +190,16 @@ class Observation:
         if self._running:
             self._running.pop()
         if name not in self._trained:
-            self.flow.leave(child_of(name), output)
+            self.flow.leave(self.part_of[name], output)
+
+    @property
+    def backbones(self) -> frozenset[str]:
+        """Parts whose outputs trained layers read, where these read the batch through such parts alone."""
+        return frozenset() if self.flow.bypassed else self.flow.arrived
 
     def finish(self) -> None:
         """Find the first layer, and give every rank what all ranks observed, in the order of the ranks."""
-        within = frozenset() if self.flow.bypassed else self.flow.arrived  # a backbone that is frozen, but no teacher
-        self.first = next((name for name in self.called if name in self._trained or child_of(name) in within), None)
+        self.first = next((n for n in self.called if n in self._trained or self.part_of[n] in self.backbones), None)
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
         for seen in self.inputs.values():

@@ -99,6 +99,14 @@ class OscillationState(nn.Module):
             setattr(self, name, moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Have memory of its own in a process that was spawned: Lightning sees to that for parameters and buffers."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name in _TENSORS:
+            tensor: Tensor = getattr(self, name)
+            if tensor.is_cpu and tensor.is_shared():  # type: ignore[no-untyped-call]
+                setattr(self, name, tensor.clone())
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in _TENSORS:

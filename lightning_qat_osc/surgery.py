@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_qat_osc.checks import check_module
 from lightning_qat_osc.config import QuantConfig, config_differences
+from lightning_qat_osc.copies import untrained_copies
 from lightning_qat_osc.layers import (
     calling_forward,
     input_names,
@@ -20,7 +21,14 @@ from lightning_qat_osc.layers import (
     layer_kind,
     weight_names,
 )
-from lightning_qat_osc.lookup import model_modules, qualified, quantized_layers, weight_name, weights_with_quantizers
+from lightning_qat_osc.lookup import (
+    model_modules,
+    own_parameters,
+    qualified,
+    quantized_layers,
+    weight_name,
+    weights_with_quantizers,
+)
 from lightning_qat_osc.quantized_layer import QuantizedLayer, latent_weight, quantized_class
 from lightning_qat_osc.quantizers import InputQuantizer, WeightQuantizer
 from lightning_qat_osc.rules import LayerBits, check_rules_match, planned_bits
@@ -95,7 +103,10 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
             _check_supported(name, layer)
         elif layer.quant_config != config:
             differences = config_differences(layer.quant_config.to_dict(), config.to_dict())
-            raise ValueError(f"the module is quantized already, differently: {differences}. Begin with a new one")
+            raise ValueError(
+                f"the module is quantized already, differently: {differences}. For other bits, load its checkpoint "
+                "into a new module with load_from_checkpoint(path, strict=False), which takes the weights alone"
+            )
     new = {name: layers[name] for name in planned if not isinstance(layers[name], QuantizedLayer)}
     _check_shared_weights(new, planned)
     shared: dict[Tensor, WeightQuantizer] = {w.weight: w.quantizer for w in weights_with_quantizers(module)}
@@ -104,9 +115,20 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
     if new:
         for _, child in model_modules(module):
             keep_off_fused_path(child)
+        _leave_scales_of_copies(layers, new)
         for warning in _full_precision(module, layers, new, planned):
             warnings.warn(warning, stacklevel=2)
     return module
+
+
+def _leave_scales_of_copies(layers: dict[str, nn.Module], new: dict[str, nn.Module]) -> None:
+    """Scales of an average or another copy of the network are moved by whoever moves its weights: DDP need not wait."""
+    trained = [name for name, layer in layers.items() if any(p.requires_grad for p in own_parameters(layer))]
+    for name in untrained_copies(layers, trained).keys() & new.keys():
+        layer = new[name]
+        assert isinstance(layer, QuantizedLayer)
+        for quantizer in layer.quantizers():
+            quantizer.scale.requires_grad_(False)
 
 
 def _computed(layer: nn.Module, parameter: str) -> bool:
@@ -121,6 +143,11 @@ def _check_supported(name: str, layer: nn.Module) -> None:
         ValueError: If it is one; the message says how to leave the layer out.
     """
     leave_out = f"Leave it out with LayerRule(pattern='{name}', weight_bits=None, activation_bits=None)"
+    if any(getattr(hook, "quantizes_inputs", False) for hook in layer._forward_pre_hooks.values()):
+        raise ValueError(
+            f"layer '{name}' is one that convert has made, and quantizes its inputs already: begin with the weights of "
+            "the checkpoint, by load_from_checkpoint(path, strict=False)."
+        )
     for parameter in weight_names(layer):
         weight = latent_weight(layer, parameter)
         if is_lazy(weight):

@@ -382,6 +382,49 @@ def test_a_frozen_backbone_holds_the_first_layer():
     assert apart == "head.0"
 
 
+def test_a_teacher_beside_its_student_does_not():
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    parts = {"stem": nn.Linear(8, 8), "teacher": teacher, "student": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))}
+    model = nn.ModuleDict({"net": nn.ModuleDict(parts)})
+    model["net"]["stem"].requires_grad_(False)
+    teacher.requires_grad_(False)
+
+    def run(m, x):
+        m["net"]["teacher"](torch.rand_like(x))
+        m["net"]["student"](m["net"]["stem"](x))
+
+    assert first_layer(model, run) == "net.stem"
+
+
+def test_a_teacher_whose_features_are_projected_is_told_by_the_part_that_it_is():
+    model = nn.ModuleDict({**backbone_and_head(), "projection": nn.Linear(8, 2)})
+    config = QuantConfig(3, 3)
+    quantize_model(model, config)
+    calibrator = Calibrator(model, config)
+    with torch.no_grad(), calibrator.observe():
+        x = torch.randn(4, 8)
+        model["head"](x) - model["projection"](model["backbone"](x))
+    (told,) = calibrator.finish()
+    assert "backbone.0, backbone.2 are quantized and not trained, and not all that is trained follows them" in told
+    assert "LayerRule(pattern='backbone.*'" in told
+
+
+@pytest.mark.parametrize("batches", [2, 8])
+@pytest.mark.parametrize("rows", [300, 700])
+def test_a_sample_is_of_all_features(rows, batches):
+    # of a few features that are larger than the others, none at a multiple of 3
+    torch.manual_seed(0)
+    size = torch.ones(192)
+    size[torch.tensor([1, 40, 100, 151])] = 8.0
+    seen = ObservedInput()
+    values = [torch.randn(rows, 192) * size for _ in range(batches)]
+    for x in values:
+        seen.add(x)
+    share = [(sample.abs() > 5.0).float().mean().item() for sample in (torch.cat(seen.samples), torch.cat(values))]
+    assert share[0] == pytest.approx(share[1], rel=0.1)
+
+
 def test_a_frozen_teacher_does_not():
     for run in (
         lambda m, x: m["backbone"](x).sum() + m["head"](x).sum(),

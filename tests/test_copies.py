@@ -1,16 +1,19 @@
 """Copies of a network beside it have the grids of the original."""
 
 import copy
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from models import trainer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat_osc import (
+    IterativeFreezing,
     LayerRule,
     OscillationDampening,
     OscillationTracking,
@@ -19,6 +22,7 @@ from lightning_qat_osc import (
     quantize_model,
 )
 from lightning_qat_osc.calibration import Calibrator
+from lightning_qat_osc.callbacks._unsupported import warn_of_teachers
 from lightning_qat_osc.copies import untrained_copies
 from lightning_qat_osc.lookup import quantizers
 
@@ -92,7 +96,7 @@ def test_an_average_that_training_does_not_call(other):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_a_copy_that_is_called(requires_grad):
     module = Taught(copy.deepcopy, requires_grad=requires_grad)
-    words = r"other\.0, other\.2, other\.4 compute in training and are copies .*LayerRule\(pattern='other\.0'"
+    words = r"other\.0, other\.2, other\.4 compute in training and are copies .*LayerRule\(pattern='other\.\*'"
     with pytest.warns(UserWarning, match=words):
         trainer([QuantizationAwareTraining(4, 8)], max_epochs=1, limit_val_batches=0).fit(module, data())
     assert [q.bits for q in quantizers(module.net)] == [8, None, 4, 8, 8, 8]
@@ -104,6 +108,42 @@ def test_an_average_that_wants_gradients_is_no_part_of_the_network():
     trainer([QuantizationAwareTraining(4, 8)], max_epochs=2, limit_val_batches=0).fit(module, data())
     assert [q.bits for q in quantizers(module.net)] == [8, None, 4, 8, 8, 8]
     assert grids(module.other) == grids(module.net)
+
+
+@pytest.mark.filterwarnings("ignore:.*compute in training and are copies")
+def test_ddp_does_not_wait_for_the_scales_of_a_copy():
+    module = Taught(copy.deepcopy)
+    trainer([QuantizationAwareTraining(4, 8)], max_epochs=1, limit_val_batches=0).fit(module, data())
+    assert all(q.scale.requires_grad for q in quantizers(module.net))
+    assert not any(q.scale.requires_grad for q in quantizers(module.other))
+    warn_of_teachers(SimpleNamespace(strategy=DDPStrategy()), module)  # of nothing
+
+
+class Averaged(Base):
+    """An average over everything in the state, integers and masks included."""
+
+    def training_step(self, batch, batch_idx):
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        for mine, its in zip(self.net.state_dict().values(), self.other.state_dict().values()):
+            its.copy_(0.9 * its + 0.1 * mine)
+
+
+def test_an_average_of_frozen_weights_is_left_to_its_owner():
+    module = Averaged(copy.deepcopy)
+    freezing = IterativeFreezing(threshold=0.02, momentum=0.02)
+    t = trainer([QuantizationAwareTraining(2, None), freezing], max_epochs=6, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="below twice the momentum"):
+        t.fit(module, data())
+    with torch.no_grad():
+        for q in quantizers(module.other):
+            if getattr(q, "oscillation", None) is not None:
+                q.oscillation.frozen.fill_(True)
+        before = [p.clone() for p in module.other.parameters()]
+        freezing.on_train_end(t, module)
+    assert all(torch.equal(p, q) for p, q in zip(before, module.other.parameters()))
 
 
 class Whole(Base):
@@ -135,7 +175,7 @@ def test_a_copy_of_the_whole_module():
 
 def test_a_teacher_of_the_same_architecture_is_no_copy():
     module = Taught(lambda net: network())
-    words = r"Nothing that is trained follows other\.0, other\.2, other\.4, .*LayerRule\(pattern='other\.0'"
+    words = r"Nothing that is trained follows other\.0, other\.2, other\.4, .*LayerRule\(pattern='other\.\*'"
     with pytest.warns(UserWarning, match=words):
         trainer([QuantizationAwareTraining(4, 8)], max_epochs=1, limit_val_batches=0).fit(module, data())
     assert [q.bits for q in quantizers(module.other)] == [4, 8, 4, 8, 4, 8]

@@ -1,4 +1,5 @@
 import copy
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -169,3 +170,14 @@ def test_a_frequency_at_the_threshold_does_not_freeze():
     assert not state.frozen.any()
     state.freeze(0.124)
     assert state.frozen.all()
+
+
+def test_a_copy_by_pickling_has_memory_of_its_own():
+    # as a process that is spawned makes it, of tensors that were put into shared memory
+    state = OscillationState(torch.zeros(4, dtype=torch.int8))
+    for name in ("weight_int", "direction", "frequency", "ema_int", "frozen"):
+        getattr(state, name).share_memory_()
+    received = ForkingPickler.loads(bytes(ForkingPickler.dumps(state)))
+    received.frequency.fill_(1.0)
+    assert state.frequency.sum() == 0.0
+    assert not received.frequency.is_shared()

@@ -72,11 +72,13 @@ def _copied(thing: Any, copies: dict[int, Any], depth: int) -> Any:
         found = copies[id(thing)] = copy.copy(thing)
     except Exception:  # of whatever a loader may be made of
         return thing
+    if found is thing:
+        return thing
     if isinstance(thing, DataLoader):
         _own(found, thing, copies, depth)
     elif isinstance(thing, (list, deque)) and len(thing) <= FEW:
-        found.clear()
-        found.extend(_copied(value, copies, depth - 1) for value in thing)
+        for i, value in enumerate(thing):
+            found[i] = _copied(value, copies, depth - 1)
     elif isinstance(thing, dict) and len(thing) <= FEW:
         found.update({key: _copied(value, copies, depth - 1) for key, value in thing.items()})
     if attributes is not None and not isinstance(thing, DataLoader):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import compress
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adam, Optimizer
 
@@ -117,7 +119,14 @@ class ScaleUpdates:
             for p in group["params"]
         }
         owner: dict[Quantizer, tuple[int, int]] = {}  # optimizer and group
-        for layer in quantized_layers(module).values():
+        shared = _in_several(optimizers)
+        for name, layer in quantized_layers(module).items():
+            if any(id(p) in shared for p in own_parameters(layer)):
+                rank_zero_warn(
+                    f"Several optimizers move layer '{name}', and maybe others: their scales move in the steps of the "
+                    "first of these alone."
+                )
+                shared.clear()  # once is enough
             parameters = sorted(own_parameters(layer), key=Tensor.numel, reverse=True)
             place = next((places[id(p)] for p in parameters if id(p) in places), (0, 0))
             for q in layer.quantizers():
@@ -165,6 +174,12 @@ class ScaleUpdates:
             update.adam.load_state_dict(state)
             for step, values in update.adam.state.items():
                 values.update({k: shard_whole(v, step) for k, v in values.items() if v.shape == step.shape})
+
+
+def _in_several(optimizers: list[Optimizer]) -> set[int]:
+    """The ids of parameters that more than one optimizer has."""
+    counts = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    return {key for key, count in counts.items() if count > 1}
 
 
 def _keep(group: dict[str, Any], which: Sequence[bool]) -> None:

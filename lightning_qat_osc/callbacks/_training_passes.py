@@ -21,7 +21,7 @@ from torchmetrics import Metric
 
 from lightning_qat_osc.callbacks._random_numbers import fixed_random_numbers, generators_in, seeded
 from lightning_qat_osc.modes import evaluating
-from lightning_qat_osc.sharding import reshard
+from lightning_qat_osc.sharding import own_part, reshard
 
 __all__ = [
     "ForwardFn",
@@ -90,6 +90,13 @@ def _working_copy(metric: Metric) -> Iterator[None]:
         vars(metric).update(attributes)
 
 
+def _fingerprint(parameter: torch.nn.Parameter) -> tuple[int, float]:
+    """What tells that a parameter has been changed; of one that no gradient moves, also through ``.data``."""
+    if parameter.requires_grad or not parameter.is_floating_point():
+        return parameter._version, 0.0
+    return parameter._version, own_part(parameter.detach()).float().nan_to_num().sum().item()
+
+
 @contextmanager
 def _restored_state(module: torch.nn.Module, but: Collection[torch.nn.Module]) -> Iterator[None]:
     """Put back metrics and all buffers but those of some layers."""
@@ -99,7 +106,7 @@ def _restored_state(module: torch.nn.Module, but: Collection[torch.nn.Module]) -
         if m not in but
         for name, b in m._buffers.items()
     ]
-    versions = [(name, p, p._version) for name, p in module.named_parameters()]
+    before = {name: _fingerprint(p) for name, p in module.named_parameters()}
     try:
         with ExitStack() as metrics:
             for m in module.modules():
@@ -111,7 +118,7 @@ def _restored_state(module: torch.nn.Module, but: Collection[torch.nn.Module]) -
             m._buffers[name] = buffer  # it may have been assigned to
             if buffer is not None and value is not None:
                 buffer.copy_(value)
-        moved = [name for name, p, version in versions if p._version != version]
+        moved = [name for name, p in module.named_parameters() if _fingerprint(p) != before.get(name)]
         if moved:
             rank_zero_warn(
                 f"training_step moves {moved[0]} by itself, also when it is run on training batches to look at them: "

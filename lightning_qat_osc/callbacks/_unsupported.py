@@ -120,10 +120,12 @@ def warn_of_teachers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None
         name
         for name, layer in quantized_layers(pl_module).items()
         if not any(p.requires_grad for p in own_parameters(layer))
+        and any(q.scale.requires_grad for q in layer.quantizers())  # not of a copy of the network
     ]
     if fixed:
         rank_zero_warn(
             f"Layers {', '.join(fixed[:5])} have no parameter that is trained, but scales, whose gradients DDP "
             "waits for. If they run in torch.no_grad(), as a teacher does, leave them in full precision with "
-            f"LayerRule(pattern='{fixed[0]}', weight_bits=None, activation_bits=None)."
+            f"LayerRule(pattern='{fixed[0]}', weight_bits=None, activation_bits=None), or all of it with a pattern "
+            "such as 'teacher.*'; strategy='ddp_find_unused_parameters_true' trains with them quantized."
         )

@@ -66,17 +66,16 @@ class BatchNormReestimation(pl.Callback):
         self.forward_fn = forward_fn
         self._layers: dict[str, _BatchNorm] = {}
         self._trained: dict[str, _BatchNorm] = {}  # the layers whose statistics training does not use
-        self._left_alone: list[str] | None = None  # the others, once modes have shown them
+        self._left_alone: list[str] | None = None  # the others, once a training step has shown them
+        self._evaluating: list[str] = []  # what they are ahead of an evaluation, as far as modes tell
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that ``training_step`` can be run, and note which layers it may be for."""
         require_quantization(trainer, self)
         require_averaging_before(trainer, self)
         require_freezing_before(trainer, self)
-        layers = batch_norm_layers(pl_module)
-        if stage != "fit" and self._left_alone is None and any(bn.training for bn in layers.values()):
-            # the modes are still the author's; the Trainer is about to put all of them in evaluation mode
-            self._left_alone = [name for name, bn in layers.items() if not bn.training]
+        # the modes are still the author's: ahead of an evaluation the Trainer is about to change all of them
+        self._evaluating = [name for name, bn in batch_norm_layers(pl_module).items() if not bn.training]
         self._find(pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -103,9 +102,10 @@ class BatchNormReestimation(pl.Callback):
     def _find(self, pl_module: pl.LightningModule, stage: str) -> None:
         self._layers = batch_norm_layers(pl_module)
         self._trained = {name: bn for name, bn in self._layers.items() if bn.training}
-        if stage != "fit" and self._left_alone is not None:
-            self._trained = {name: bn for name, bn in self._layers.items() if name not in self._left_alone}
-        elif stage != "fit" and not self._trained:
+        if stage != "fit":
+            left_alone = self._evaluating if self._left_alone is None else self._left_alone
+            self._trained = {name: bn for name, bn in self._layers.items() if name not in left_alone}
+        if stage != "fit" and self._left_alone is None and not self._trained:
             self._trained = self._layers  # the module as a whole is in evaluation mode: nothing is frozen
         if self._trained and self.forward_fn is None and not can_run_training_step(pl_module):
             raise MisconfigurationException(

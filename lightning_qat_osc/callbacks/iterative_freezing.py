@@ -11,12 +11,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._frozen_weights import HoldsFrozenWeights
+from lightning_qat_osc.callbacks._optimizer_weights import trained_weights
 from lightning_qat_osc.callbacks._progress import is_log_step, run_length, run_step
 from lightning_qat_osc.callbacks._requirements import require_averaging_before
 from lightning_qat_osc.callbacks._tracks_oscillation import TracksOscillation
 from lightning_qat_osc.callbacks.oscillation_dampening import OscillationDampening
 from lightning_qat_osc.checks import check_number
-from lightning_qat_osc.lookup import quantized_weights
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
 from lightning_qat_osc.sharding import reshard
 from lightning_qat_osc.sweep import dampen_and_pass_on, pass_on_frozen_gradients
@@ -82,13 +82,11 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
         """Agree on the momentum, compare the threshold with it, and take dampening over, to share one pass with it."""
         super().setup(trainer, pl_module, stage)
         require_averaging_before(trainer, self)
+        if stage != "fit":
+            return  # within a fit it would be an evaluation by another Trainer, which is not to part them
         earlier = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
         dampening = [c for c in earlier if isinstance(c, OscillationDampening) and c.max_bits == self.max_bits]
-        self._dampening = dampening[0] if dampening else None
-        if self._dampening is not None:
-            self._dampening.leave_to_another()
-        if stage != "fit":
-            return
+        self._dampening = next((c for c in dampening if c.leave_to(self)), None)
         if self.threshold < self._momentum:
             raise MisconfigurationException(
                 f"threshold must be at least the momentum, {self._momentum}, got {self.threshold}: one oscillation "
@@ -137,14 +135,14 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hold frozen weights also where another callback has just swapped in averaged ones."""
-        self._hold(pl_module)
+        self._hold(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hold frozen weights also where another callback has just swapped in averaged ones."""
-        self._hold(pl_module)
+        self._hold(trainer, pl_module)
 
-    def _hold(self, pl_module: pl.LightningModule) -> None:
+    def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reshard(pl_module)
-        for _, weight, q in quantized_weights(pl_module, self.max_bits):
+        for _, weight, q in trained_weights(trainer, pl_module, self.max_bits):  # not those of an average in the module
             if q.oscillation is not None:
                 q.oscillation.hold_frozen(weight, q.scale)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from lightning_qat_osc.callbacks._requirements import require_quantization
-from lightning_qat_osc.checks import check_choice
+from lightning_qat_osc.checks import check_choice, check_flag
 from lightning_qat_osc.deepcopies import copied
 from lightning_qat_osc.export.formats import SUFFIXES, ExportFormat, export_model, require_packages
 from lightning_qat_osc.loading import rename_state
@@ -48,6 +48,8 @@ class ModelExport(pl.Callback):
         dirpath: Folder for the files at the end of fit; the Trainer's ``default_root_dir`` if None.
         network: Name of the submodule to export, such as "network", where the module's own ``forward`` is not what is
             to be deployed. None: the whole module.
+        dynamic_batch: Leave the batch size of "onnx" and "torch" open. False for a forward that fixes it, as
+            ``x.view(len(x), -1)`` does: then it is that of the example input.
 
     Raises:
         TypeError: If ``dirpath`` is no path, or ``network`` no string.
@@ -61,6 +63,7 @@ class ModelExport(pl.Callback):
         when: When = "fit_end",
         dirpath: str | None = None,
         network: str | None = None,
+        dynamic_batch: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
@@ -80,7 +83,9 @@ class ModelExport(pl.Callback):
         self._need_input = set(self.formats) != {"packed"}
         self.when = when
         self.dirpath = dirpath
+        check_flag("dynamic_batch", dynamic_batch)
         self.network = network
+        self.dynamic_batch = dynamic_batch
         self._example_input: Any = None
         self._capturing: RemovableHandle | None = None
         self._exported: tuple[str, int] | None = None  # path of a checkpoint, and when it was written
@@ -90,6 +95,7 @@ class ModelExport(pl.Callback):
         """Refuse what would fail after hours of training."""
         if stage != "fit":
             return
+        self._files.clear()  # those of a run before stay; a checkpoint of this run brings its own back
         require_quantization(trainer, self)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
@@ -276,7 +282,7 @@ class ModelExport(pl.Callback):
         network.cpu()
         self._check_example_input(network)
         for export_format, file in zip(self.formats, files):
-            export_model(network, file, export_format, self._example_input)
+            export_model(network, file, export_format, self._example_input, dynamic_batch=self.dynamic_batch)
             rank_zero_info(f"Exported {file}")
 
     def _check_example_input(self, network: nn.Module) -> None:

@@ -69,7 +69,7 @@ class OscillationDampening(pl.Callback):
         self.max_bits = max_bits
         self._schedule: Schedule = constant(final_weight)
         self.weight = 0.0  # the one in force
-        self._left_to_another = False
+        self._left_to: pl.Callback | None = None
         self._step_hooks: OptimizerStepHooks
         self._weights: OptimizerWeights
 
@@ -77,11 +77,20 @@ class OscillationDampening(pl.Callback):
         """Check that there will be something to dampen."""
         self._step_hooks = require_quantization(trainer, self).step_hooks
         require_one(trainer, self)
-        self._left_to_another = False
+        if stage == "fit":
+            self._left_to = None
 
-    def leave_to_another(self) -> None:
-        """Leave the gradient to a callback behind this one, which adds it in a pass of its own over the gradients."""
-        self._left_to_another = True
+    def leave_to(self, other: pl.Callback) -> bool:
+        """Leave the gradient to a callback behind this one, which adds it in a pass of its own over the gradients.
+
+        Args:
+            other: The callback.
+
+        Returns:
+            Whether it is left to that one, and not to another that has asked before.
+        """
+        self._left_to = self._left_to or other
+        return self._left_to is other
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the optimizers, and lay the schedule over the run."""
@@ -99,7 +108,7 @@ class OscillationDampening(pl.Callback):
         """Add lambda times the gradient to that of the weights which this optimizer is about to move."""
         self._step_hooks.begin(self, optimizer)
         self.weight = self._schedule(run_step(trainer))
-        if self.weight > 0.0 and not self._left_to_another:
+        if self.weight > 0.0 and self._left_to is None:
             add_dampening(self._weights.about_to_move(optimizer), self.weight, self.aggregation)
 
     @torch.no_grad()

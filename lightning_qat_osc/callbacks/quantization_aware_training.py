@@ -39,12 +39,18 @@ from lightning_qat_osc.files import written_whole
 from lightning_qat_osc.kernels import why_nothing_compiles
 from lightning_qat_osc.lookup import quantizers, scale_parameters
 from lightning_qat_osc.plan import LayerPlan, format_plan, quantization_plan
+from lightning_qat_osc.quantizers import Quantizer
 from lightning_qat_osc.ranges import RangeMethod
 from lightning_qat_osc.rules import bits_differences
 from lightning_qat_osc.sharding import reshard, whole
 from lightning_qat_osc.surgery import quantizable_layers, quantize_model
 
 __all__ = ["QuantizationAwareTraining"]
+
+_FOR_OTHER_BITS = (
+    "To train with other bits, load the weights alone, with load_from_checkpoint(path, strict=False), and leave "
+    "ckpt_path out."
+)
 
 
 class QuantizationAwareTraining(pl.Callback):
@@ -142,6 +148,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._watched: WatchedSteps | None = None
         self._float_checkpoint: dict[str, Any] | None = None
         self._checked = False  # the scales, after the first step
+        self._held: set[Quantizer] = set()  # whose scales want no gradient while states are restored
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Insert the quantizers, unless they are in already."""
@@ -173,8 +180,12 @@ class QuantizationAwareTraining(pl.Callback):
     def _hold_scales(self, pl_module: pl.LightningModule, *, hold: bool = True) -> None:
         """Keep optimizers from being asked for a state of the scales while states are restored, or end that."""
         reshard(pl_module)  # it has the parts, where a forward pass may have left whole parameters
-        for scale in scale_parameters(pl_module):
-            scale.requires_grad_(not hold)
+        if hold:
+            self._held |= {q for q in quantizers(pl_module) if q.scale.requires_grad}
+        for quantizer in self._held:
+            quantizer.scale.requires_grad_(not hold)
+        if not hold:
+            self._held.clear()
 
     def _choose_kernels(self, pl_module: pl.LightningModule) -> None:
         problem = why_nothing_compiles(pl_module.device) if self.fused else None
@@ -304,6 +315,7 @@ class QuantizationAwareTraining(pl.Callback):
             self._before_evaluation(pl_module)
         elif not trainer.sanity_checking:
             self._finish_watching(pl_module)
+            self._check_bits(pl_module)
             self._check_scales(trainer, pl_module)
             self._say_if_uncalibrated(pl_module)
 
@@ -325,7 +337,9 @@ class QuantizationAwareTraining(pl.Callback):
         # a weights-only checkpoint brings bits, but not this callback's state, which would tell
         differences = bits_differences(pl_module, self.config)
         if differences:
-            raise MisconfigurationException(f"the weights are of another quantization: {'; '.join(differences[:5])}")
+            raise MisconfigurationException(
+                f"the weights are of another quantization: {'; '.join(differences[:5])}. {_FOR_OTHER_BITS}"
+            )
 
     def _say_if_uncalibrated(self, pl_module: pl.LightningModule) -> None:
         if not any(q.calibrated for q in quantizers(pl_module)):
@@ -373,7 +387,7 @@ class QuantizationAwareTraining(pl.Callback):
         """
         differences = config_differences(state_dict["config"], self.config.to_dict())
         if differences:
-            raise ValueError(f"the checkpoint is of another quantization: {differences}")
+            raise ValueError(f"the checkpoint is of another quantization: {differences}. {_FOR_OTHER_BITS}")
         if self._scale_updates is None:
             self._saved_scale_updates = state_dict["scale_updates"]
         elif state_dict["scale_updates"] is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from lightning_qat_osc.export.integers import (
     integer_weights,
     layers_by_every_name,
 )
+from lightning_qat_osc.functional import fake_quantize
 from lightning_qat_osc.layers import calling_class, keep_off_fused_path, written_parameter
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantized_layer import QuantizedLayer
@@ -47,6 +48,7 @@ class QuantizeInputs:
     """
 
     grids: dict[str, InputGrid | None]
+    quantizes_inputs: ClassVar[bool] = True
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -64,6 +66,8 @@ class QuantizeInputs:
         # a tensor: CUDA divides by a number by multiplying with its reciprocal
         scale = torch.full((1,), grid.scale, dtype=grid.dtype, device=x.device)
         n, p = grid.quant_min - grid.zero_point, grid.quant_max - grid.zero_point
+        if isinstance(x, Tensor) and x.requires_grad and not torch.compiler.is_compiling():
+            return fake_quantize(x, scale, n, p)  # straight through: rounding has no gradient
         return ((x / scale).round().clamp(n, p) * scale).to(x.dtype)
 
 
@@ -148,7 +152,7 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
                     f"The {parameter} of layer '{name}' is also read outside of the layer, by {w.read_outside}. If the "
                     "network's forward does that, and not a loss or an average, outputs differ: it reads full "
                     "precision in the quantized model, and scale times integer in what is made of it now. "
-                    f"LayerRule(pattern='{name}', weight_bits=None) leaves the weight as it is.",
+                    "A LayerRule with weight_bits=None for the layer leaves the weight as it is.",
                     stacklevel=3,
                 )
     arguments = {name: dict(argument_grids(layer)) for name, layer in layers_by_every_name(module).items()}

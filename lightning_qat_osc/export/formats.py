@@ -37,7 +37,12 @@ def require_packages(export_format: ExportFormat) -> None:
 
 
 def export_model(
-    module: nn.Module, path: str | PathLike[str], export_format: ExportFormat, example_input: Any = None
+    module: nn.Module,
+    path: str | PathLike[str],
+    export_format: ExportFormat,
+    example_input: Any = None,
+    *,
+    dynamic_batch: bool = True,
 ) -> None:
     """Write a quantized model to a file of a format.
 
@@ -47,6 +52,7 @@ def export_model(
         export_format: "packed", "onnx" or "torch".
         example_input: What the module's forward takes, for "onnx" and "torch": a tuple of positional arguments,
             a dictionary of keyword arguments, or one argument of any other type.
+        dynamic_batch: Leave the batch size of "onnx" and "torch" open; otherwise it is that of the example.
 
     Raises:
         ImportError: If a package that the format needs is not installed.
@@ -62,9 +68,9 @@ def export_model(
     if example_input is None:
         raise ValueError(f"example_input must be what the module's forward takes for '{export_format}', got None")
     if export_format == "onnx":
-        export_onnx(module, path, example_input)
+        export_onnx(module, path, example_input, dynamic_batch=dynamic_batch)
         return
     check_module("module", module)
     check_file("path", path)
     with written_whole(path) as temporary:
-        torch.export.save(export_program(module, example_input), temporary)
+        torch.export.save(export_program(module, example_input, dynamic_batch=dynamic_batch), temporary)

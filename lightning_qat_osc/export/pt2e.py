@@ -129,7 +129,7 @@ def _trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
     except Exception as error:
         raise RuntimeError(
             f"torch.export cannot export {name}: {error}\nWhere the batch dimension is the reason, "
-            "dynamic_batch=False exports the batch size of example_input alone."
+            "dynamic_batch=False (--fixed-batch on the command line) exports the batch size of example_input alone."
         ) from error
 
 

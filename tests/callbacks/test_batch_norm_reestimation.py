@@ -273,6 +273,18 @@ def test_frozen_batch_norm_stays_in_an_evaluation_by_another_trainer():
     assert not torch.equal(module.bn2.running_mean, mean[1])
 
 
+def test_frozen_layers_are_those_of_the_module_that_is_evaluated():
+    frozen, free = ConvModule(), ConvModule()
+    for module in (frozen, free):
+        trainer([qat()], max_epochs=1).fit(module, Data())
+    frozen.bn1.eval()
+    callback = BatchNormReestimation()
+    for module in (frozen, free):
+        mean = module.bn1.running_mean.clone()
+        trainer([qat(), callback]).test(module, Data(), verbose=False)
+        assert torch.equal(module.bn1.running_mean, mean) is (module is frozen)
+
+
 def test_evaluation_without_training_data_keeps_the_statistics():
     module = ConvModule()
     trainer([qat()]).fit(module, Data())

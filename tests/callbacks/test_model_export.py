@@ -424,6 +424,32 @@ def test_a_module_that_is_compiled_as_a_whole(tmp_path):
         assert torch.equal(plain(X), expected)  # and not by the original's forward
 
 
+def test_a_run_after_leaves_the_exports_of_one_before(tmp_path):
+    export = ModelExport(when="best")
+    for fold in ("first", "second"):
+        best = ModelCheckpoint(tmp_path / fold, filename="best", monitor="val_loss")
+        fit(ConvModule(), export, tmp_path, best, max_epochs=1, enable_checkpointing=True)
+        (tmp_path / fold / "best.ckpt").unlink()
+    assert (tmp_path / "first" / "best.safetensors").exists()
+
+
+class Fixed(ConvModule):
+    """Has the batch size as a number."""
+
+    def forward(self, x):
+        return super().forward(x.view(len(x), *x.shape[1:]))
+
+
+def test_a_forward_that_fixes_the_batch_size(tmp_path):
+    module = Fixed()
+    module.example_input_array = X[:2]
+    fit(module, ModelExport(["torch"], dynamic_batch=False), tmp_path, max_epochs=1)
+    with torch.no_grad():
+        assert torch.allclose(run_program(tmp_path / "model.pt2", X[:2]), module.eval()(X[:2]), atol=1e-5)
+    with pytest.raises(TypeError, match="dynamic_batch must be"):
+        ModelExport(dynamic_batch="no")
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [

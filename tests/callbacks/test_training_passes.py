@@ -84,14 +84,18 @@ def test_what_a_training_step_assigns_is_put_back():
         assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
-def test_a_training_step_that_moves_parameters_by_itself_is_told():
+@pytest.mark.parametrize("past_autograd", [False, True])
+def test_a_training_step_that_moves_parameters_by_itself_is_told(past_autograd):
     class Momentum(ConvModule):
         def __init__(self):
             super().__init__()
             self.target = nn.Parameter(torch.zeros(3), requires_grad=False)
 
         def training_step(self, batch, batch_idx):
-            self.target.lerp_(torch.ones(3), 0.1)
+            if past_autograd:
+                self.target.data = self.target.data * 0.9 + 0.1
+            else:
+                self.target.lerp_(torch.ones(3), 0.1)
             return super().training_step(batch, batch_idx)
 
     with pytest.warns(UserWarning, match="training_step moves target by itself"):

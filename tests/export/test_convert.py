@@ -251,6 +251,18 @@ def test_a_class_made_from_a_parametrization_is_not_changed_for_the_original():
     assert torch.equal(plain(x16), y)
 
 
+def test_what_is_converted_passes_gradients_through_and_is_not_quantized_again():
+    model = calibrated(nn.Sequential(nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), x16)
+    plain = convert(model)
+    (expected,) = torch.autograd.grad(model(x16).sum(), model[0].bias)
+    (found,) = torch.autograd.grad(plain(x16).sum(), plain[0].bias)
+    assert torch.equal(plain(x16), model(x16))
+    assert torch.equal(found, expected)
+    assert expected.abs().sum() > 0
+    with pytest.raises(ValueError, match=r"layer '.' is one that convert has made.* load_from_checkpoint"):
+        quantize_model(plain, QuantConfig(3, 4))
+
+
 class OwnAttention(nn.MultiheadAttention):
     """A subclass without a forward of its own."""
 

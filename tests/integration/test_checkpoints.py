@@ -1,6 +1,7 @@
 """Checkpoints of every kind, into every kind of module."""
 
 import copy
+import threading
 import zipfile
 
 import pytest
@@ -171,6 +172,46 @@ def test_layers_that_a_module_makes_as_it_loads(tmp_path):
         load_quantized(ConvModule, tmp_path / "grown.ckpt", config="none")
 
 
+class Filtering(ConvModule):
+    """Takes of a checkpoint what it has, and holds what cannot be copied."""
+
+    def __init__(self):
+        super().__init__(lr=0.3)
+        self.lock = threading.Lock()
+
+    def on_load_checkpoint(self, checkpoint):
+        own, state = self.state_dict(), checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+
+
+class Forgetful(ConvModule):
+    """Takes of a checkpoint what it had when it was made."""
+
+    def __init__(self):
+        super().__init__(lr=0.3)
+        self.strict_loading = False
+
+    def on_load_checkpoint(self, checkpoint):
+        state = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {k: v for k, v in state if "quantizer" not in k}
+
+
+def test_a_hook_that_filters_the_state(runs):
+    folder, module = runs
+    loaded = load_quantized(Filtering, folder / "full.ckpt")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(X), module(X))
+    with pytest.raises(ValueError, match="on_load_checkpoint of Forgetful leaves the quantizers"):
+        load_quantized(Forgetful, folder / "full.ckpt")
+
+
+def test_a_checkpoint_by_a_url(runs):
+    folder, module = runs
+    loaded = load_quantized(ConvModule, f"file://{folder / 'full.ckpt'}")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(X), module(X))
+
+
 def test_a_checkpoint_of_a_device_that_is_not_here(runs, tmp_path):
     folder, module = runs
     if torch.cuda.is_available():
@@ -267,7 +308,7 @@ def test_into_the_plain_float_model(runs):
         (
             {"rules": (LayerRule("point", weight_bits=4),)},
             "rules: .* before, .*'pattern': 'point'.* now",
-            "weight of layer 'point' has 2 bits, not 4$",
+            r"weight of layer 'point' has 2 bits, not 4\.",
         ),
     ],
 )  # fmt: skip

@@ -167,6 +167,18 @@ class Networks(nn.Module):
         return self.second(F.relu(self.first(x)))
 
 
+def test_weights_of_two_optimizers_are_told():
+    class Two(Manual):
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.head.parameters(), lr=0.1)]
+
+        def optimizers(self, *args, **kwargs):
+            return super().optimizers(*args, **kwargs)[0]
+
+    with pytest.warns(UserWarning, match="Several optimizers move layer 'head', .* the first of these alone"):
+        trainer(all_callbacks()[:1], max_steps=2).fit(Two(), Data())
+
+
 class Gan(L.LightningModule):
     """A tiny GAN; either optimizer may step more often than the other."""
 
