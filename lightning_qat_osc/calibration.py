@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
@@ -92,7 +93,9 @@ class Calibrator:
         beside = {part_of[name] for name in followers}
         others = [name for name in fixed if part_of[name] not in beside]
         unread = [name for name in others if part_of[name] not in arrived]
-        read = [name for name in others if part_of[name] in arrived]
+        sizes = Counter(part_of[name] for name in others)
+        # a network, and no table of positions or the like
+        read = [name for name in others if part_of[name] in arrived and sizes[part_of[name]] > 1]
         teacher = "are of a teacher or a loss network, whose outputs are to stay as they are, leave them"
         if unread:
             yield (

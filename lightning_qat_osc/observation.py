@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_qat_osc.arguments import given_arguments
@@ -27,11 +28,11 @@ _SAMPLE = 2**18  # and of all forward passes, of all ranks
 _GOLDEN = (5**0.5 - 1) / 2  # steps of a whole number and this are in step with no number of features
 
 
-def _sample(x: Tensor) -> Tensor:
-    """Some elements of a tensor, flat, of all of its features and places."""
+def _sample(x: Tensor, *, convolved: bool) -> Tensor:
+    """Some elements of a layer's input, flat, of all of its features and places."""
     flat = x.detach().flatten()
     every = -(-flat.numel() // _SAMPLE_PER_CALL)
-    if x.dim() > 3:  # an image's features are far apart, and its pixels mostly even in number
+    if convolved:  # its features are far apart, and its pixels mostly even in number
         return flat[:: every | 1]
     return flat if every == 1 else _spread(flat, every + _GOLDEN)
 
@@ -50,12 +51,13 @@ class ObservedInput:
     lows: list[Tensor] = field(default_factory=list)
     highs: list[Tensor] = field(default_factory=list)
     finite: list[Tensor] = field(default_factory=list)
+    convolved: bool = field(default=False, kw_only=True)  # it is a convolution's, [N, C, ...]
     every: float = field(default=1.0, kw_only=True)  # element of a call's sample is kept: fewer, the more calls
     kept: int = field(default=0, kw_only=True)  # elements in all samples: of calls there may be thousands
 
     def add(self, x: Tensor) -> None:
         """Take the input of a call in: floating-point numbers, at least one."""
-        sample = _sample(x).to(torch.promote_types(x.dtype, torch.float32))
+        sample = _sample(x, convolved=self.convolved).to(torch.promote_types(x.dtype, torch.float32))
         self.samples.append(sample.clone() if self.every == 1.0 else _spread(sample, self.every))
         self.kept += self.samples[-1].numel()
         self.thin_out(_SAMPLE)
@@ -182,7 +184,7 @@ class Observation:
             if same_as is not None:
                 self.repeated.add((name, argument))  # one tensor is quantized once
             elif isinstance(x, Tensor):
-                observed = self.inputs.setdefault((name, argument), ObservedInput())
+                observed = self.inputs.setdefault((name, argument), ObservedInput(convolved=isinstance(layer, _ConvNd)))
                 if x.is_floating_point() and x.numel() > 0:
                     observed.add(x)
 

@@ -411,14 +411,14 @@ def test_a_teacher_whose_features_are_projected_is_told_by_the_part_that_it_is()
 
 
 @pytest.mark.parametrize("batches", [2, 8])
-@pytest.mark.parametrize("rows", [300, 700])
-def test_a_sample_is_of_all_features(rows, batches):
+@pytest.mark.parametrize("shape", [(300,), (700,), (7, 10, 10)])  # tokens, and windows of an image
+def test_a_sample_is_of_all_features(shape, batches):
     # of a few features that are larger than the others, none at a multiple of 3
     torch.manual_seed(0)
     size = torch.ones(192)
     size[torch.tensor([1, 40, 100, 151])] = 8.0
     seen = ObservedInput()
-    values = [torch.randn(rows, 192) * size for _ in range(batches)]
+    values = [torch.randn(*shape, 192) * size for _ in range(batches)]
     for x in values:
         seen.add(x)
     share = [(sample.abs() > 5.0).float().mean().item() for sample in (torch.cat(seen.samples), torch.cat(values))]
