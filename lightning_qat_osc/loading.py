@@ -52,9 +52,11 @@ def load_quantized(
         The module, with its oscillation histories. Training can go on from it.
 
     Raises:
-        TypeError: If ``module_class`` is no class of LightningModules, or ``checkpoint_path`` no path.
+        TypeError: If ``module_class`` is no class of LightningModules, ``checkpoint_path`` no path, or ``config``
+            neither a QuantConfig nor an argument of the module.
         ValueError: If the checkpoint cannot be read, is a folder of shards or a state_dict alone, has no quantizers, or
-            does not say how it is quantized and ``config`` is None, or if its bits are not those of ``config``.
+            does not say how it is quantized and ``config`` is None, if its bits are not those of ``config``, or if the
+            module's ``on_load_checkpoint`` leaves the quantizers out.
         RuntimeError: If the checkpoint does not fit the module.
     """
     if not isinstance(module_class, type) or not hasattr(module_class, "load_from_checkpoint"):

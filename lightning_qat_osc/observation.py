@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +25,12 @@ __all__ = ["Observation", "ObservedInput"]
 _SAMPLE_PER_CALL = 2**16  # elements of each layer's input that are kept of a forward pass
 _SAMPLE = 2**18  # and of all forward passes, of all ranks
 _GOLDEN = (5**0.5 - 1) / 2  # steps of a whole number and this are in step with no number of features
+
+
+def _parts_around(name: str) -> list[str]:
+    """The parts of the model that a layer is in, the outermost first, the layer last."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _sample(x: Tensor, *, convolved: bool) -> Tensor:
@@ -137,11 +142,8 @@ class Observation:
         self.last: str | None = None
         self._running: list[tuple[str, nn.Module]] = []
         self.flow = FollowsOutputs()
-        around = {prefix for name in trained for prefix in accumulate(name.split("."), "{}.{}".format)}
-        self.part_of = {
-            name: next((prefix for prefix in accumulate(name.split("."), "{}.{}".format) if prefix not in around), name)
-            for name in layers
-        }
+        around = {part for name in trained for part in _parts_around(name)}
+        self.part_of = {name: next((p for p in _parts_around(name) if p not in around), name) for name in layers}
         names = {
             id(weight): weight_name(name, parameter)
             for name, layer in layers.items()

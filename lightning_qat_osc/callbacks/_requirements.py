@@ -58,13 +58,11 @@ def require_averaging_before(trainer: pl.Trainer, callback: pl.Callback) -> None
     Raises:
         MisconfigurationException: If a WeightAveraging, which swaps them in, comes after it.
     """
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for other in callbacks[callbacks.index(callback) :]:
-        if isinstance(other, pl.callbacks.WeightAveraging):
-            raise MisconfigurationException(
-                f"{type(other).__name__} must come before {type(callback).__name__} in the Trainer's callbacks, and "
-                "after QuantizationAwareTraining: what it swaps in before an evaluation is yet to be prepared for it."
-            )
+    for other in _later(trainer, callback, pl.callbacks.WeightAveraging):
+        raise MisconfigurationException(
+            f"{type(other).__name__} must come before {type(callback).__name__} in the Trainer's callbacks, and "
+            "after QuantizationAwareTraining: what it swaps in before an evaluation is yet to be prepared for it."
+        )
 
 
 def require_freezing_before(trainer: pl.Trainer, callback: pl.Callback) -> None:
@@ -74,14 +72,19 @@ def require_freezing_before(trainer: pl.Trainer, callback: pl.Callback) -> None:
         MisconfigurationException: If a callback that holds them, which an average may have moved, comes after it.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    averages = any(isinstance(other, pl.callbacks.WeightAveraging) for other in callbacks)
-    for other in callbacks[callbacks.index(callback) :] if averages else ():
-        if isinstance(other, HoldsFrozenWeights):
-            name = type(other).__name__
-            raise MisconfigurationException(
-                f"{name} must come before {type(callback).__name__} in the Trainer's callbacks: after WeightAveraging "
-                "has swapped in averaged weights, it puts those that are frozen back on their integers."
-            )
+    if not any(isinstance(other, pl.callbacks.WeightAveraging) for other in callbacks):
+        return
+    for other in _later(trainer, callback, HoldsFrozenWeights):
+        raise MisconfigurationException(
+            f"{type(other).__name__} must come before {type(callback).__name__} in the Trainer's callbacks: after "
+            "WeightAveraging has swapped in averaged weights, it puts those that are frozen back on their integers."
+        )
+
+
+def _later(trainer: pl.Trainer, callback: pl.Callback, kind: type[pl.Callback]) -> list[pl.Callback]:
+    """The callbacks of a kind that come after one."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [other for other in callbacks[callbacks.index(callback) + 1 :] if isinstance(other, kind)]
 
 
 def warn_if_nothing_oscillates(pl_module: pl.LightningModule, max_bits: int, verb: str) -> None:

@@ -90,11 +90,20 @@ def _working_copy(metric: Metric) -> Iterator[None]:
         vars(metric).update(attributes)
 
 
-def _fingerprint(parameter: torch.nn.Parameter) -> tuple[int, float]:
-    """What tells that a parameter has been changed; of one that no gradient moves, also through ``.data``."""
-    if parameter.requires_grad or not parameter.is_floating_point():
-        return parameter._version, 0.0
-    return parameter._version, own_part(parameter.detach()).float().nan_to_num().sum().item()
+def _fingerprints(module: torch.nn.Module) -> dict[str, tuple[int, float]]:
+    """What tells of each parameter whether it has been changed; of those that want no gradient also through ``.data``.
+
+    It reads from the device once, for all of them.
+    """
+    parameters = dict(module.named_parameters())
+    sums = {
+        name: own_part(p.detach()).float().nan_to_num().sum()
+        for name, p in parameters.items()
+        if p.is_floating_point() and not p.requires_grad
+    }
+    device = next((s.device for s in sums.values()), None)
+    values = dict(zip(sums, torch.stack([s.to(device) for s in sums.values()]).tolist() if sums else ()))
+    return {name: (p._version, values.get(name, 0.0)) for name, p in parameters.items()}
 
 
 @contextmanager
@@ -106,7 +115,7 @@ def _restored_state(module: torch.nn.Module, but: Collection[torch.nn.Module]) -
         if m not in but
         for name, b in m._buffers.items()
     ]
-    before = {name: _fingerprint(p) for name, p in module.named_parameters()}
+    before = _fingerprints(module)
     try:
         with ExitStack() as metrics:
             for m in module.modules():
@@ -118,7 +127,7 @@ def _restored_state(module: torch.nn.Module, but: Collection[torch.nn.Module]) -
             m._buffers[name] = buffer  # it may have been assigned to
             if buffer is not None and value is not None:
                 buffer.copy_(value)
-        moved = [name for name, p in module.named_parameters() if _fingerprint(p) != before.get(name)]
+        moved = [name for name, now in _fingerprints(module).items() if now != before.get(name)]
         if moved:
             rank_zero_warn(
                 f"training_step moves {moved[0]} by itself, also when it is run on training batches to look at them: "

@@ -376,14 +376,6 @@ class Partial(ConvModule):
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.startswith("extra")}
 
 
-def test_checkpoints_of_a_module_that_leaves_a_part_out(tmp_path):
-    best = ModelCheckpoint(tmp_path, filename="best", monitor="val_loss")
-    fit(Partial(), ModelExport(when="best"), tmp_path, best, max_epochs=2, enable_checkpointing=True)
-    loaded = load_packed(tmp_path / "best.safetensors", Partial())
-    with torch.no_grad():
-        assert torch.equal(loaded(X), load_quantized(Partial, tmp_path / "best.ckpt").eval()(X))
-
-
 class Growing(ConvModule):
     """Makes its head as it loads."""
 
@@ -391,12 +383,13 @@ class Growing(ConvModule):
         self.head = torch.nn.Linear(self.head.in_features, self.head.out_features)
 
 
-def test_checkpoints_of_a_module_that_makes_layers_as_it_loads(tmp_path):
+@pytest.mark.parametrize("module_class", [Partial, Growing])
+def test_checkpoints_are_exported_as_their_module_loads_them(module_class, tmp_path):
     best = ModelCheckpoint(tmp_path, filename="best", monitor="val_loss")
-    fit(Growing(), ModelExport(when="best"), tmp_path, best, max_epochs=2, enable_checkpointing=True)
-    loaded = load_packed(tmp_path / "best.safetensors", Growing())
+    fit(module_class(), ModelExport(when="best"), tmp_path, best, max_epochs=2, enable_checkpointing=True)
+    loaded = load_packed(tmp_path / "best.safetensors", module_class())
     with torch.no_grad():
-        assert torch.equal(loaded(X), load_quantized(Growing, tmp_path / "best.ckpt").eval()(X))
+        assert torch.equal(loaded(X), load_quantized(module_class, tmp_path / "best.ckpt").eval()(X))
 
 
 class Quiet(ConvModule):
