@@ -34,6 +34,10 @@ from lightning_qat_osc.tables import table
 __all__ = ["main"]
 
 _SHOWN = 8  # values of an output
+_TOLD = (
+    *(ValueError, TypeError, RuntimeError, ImportError, AttributeError, OSError, UnpicklingError),
+    argparse.ArgumentError,  # of modules that LightningCLI has made
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())  # where the user's modules are, as for `python -m`
     try:
         options.run(options)
-    except (ValueError, TypeError, RuntimeError, ImportError, AttributeError, OSError, UnpicklingError) as error:
+    except _TOLD as error:
         _say(f"lightning-qat-osc {options.command}: {error}", sys.stderr)
         return 1
     return 0

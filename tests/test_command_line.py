@@ -66,6 +66,32 @@ class Wrapping(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
+class Small(nn.Sequential):
+    """A network for :class:`AroundNetwork`."""
+
+    def __init__(self, width: int = 4):
+        super().__init__(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+class AroundNetwork(L.LightningModule):
+    """A module that is given its network, and does not save it among its hyperparameters."""
+
+    def __init__(self, network: nn.Module, lr: float = 0.1):
+        super().__init__()
+        self.save_hyperparameters(ignore=["network"])
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x)
+
+
+class MakingNetwork(AroundNetwork):
+    """The same, but for its network."""
+
+    def __init__(self, **hyperparameters):
+        super().__init__(network=Small(8), **hyperparameters)
+
+
 class Save(L.Callback):
     """Saves in the middle of an epoch, and keeps the module as it was."""
 
@@ -329,6 +355,34 @@ def test_a_part_of_a_module_with_arguments_and_shared_weights(tmp_path, capsys):
         assert "1.attention.out_proj" in capsys.readouterr().out
     names = [line.name for line in inspect_checkpoint(tmp_path / "full.ckpt")]
     assert names == ["network.0", "network.1.attention.out_proj", "network.1.attention.in_proj_weight"]
+
+
+def test_a_module_that_is_given_its_network(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("jsonargparse")
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
+    config = QuantConfig(4, 4)
+    module = quantize_model(AroundNetwork(Small(8), lr=0.2), config).eval()
+    x = torch.randn(6, 4)
+    calibrator = Calibrator(module, config)
+    module(x)
+    calibrator.finish()
+    made_by_cli = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    for name, others in (("own.ckpt", {}), ("cli.ckpt", made_by_cli)):
+        hyperparameters = {"hyper_parameters": {"lr": 0.2, **others}, "hparams_name": "kwargs"}
+        version = {"pytorch-lightning_version": L.__version__}
+        torch.save({"state_dict": module.state_dict(), **version, **hyperparameters}, tmp_path / name)
+    network = '{"network": {"class_path": "test_command_line.Small", "init_args": {"width": %s}}}'
+    given = ["--module", "test_command_line.AroundNetwork", "--module-args", network]
+    for checkpoint, module_of in (
+        ("own.ckpt", ["--module", "test_command_line.MakingNetwork"]),
+        ("cli.ckpt", [*given[:-1], network % 8]),
+    ):
+        packed = tmp_path / f"{checkpoint}.safetensors"
+        assert main(["export", str(tmp_path / checkpoint), *module_of, "--to", "packed", "--output", str(packed)]) == 0
+        assert torch.equal(load_packed(packed, AroundNetwork(Small(8)))(x), module(x))
+    for wrong in (given[:2], [*given[:-1], network % '"wide"']):
+        assert main(["export", str(tmp_path / "cli.ckpt"), *wrong, "--to", "packed"]) == 1
+        assert re.match("lightning-qat-osc export: .*network", capsys.readouterr().err, re.DOTALL)
 
 
 @pytest.mark.parametrize(
