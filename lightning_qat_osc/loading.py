@@ -15,6 +15,7 @@ from lightning_qat_osc.config import QuantConfig
 from lightning_qat_osc.files import read_tensors
 from lightning_qat_osc.lookup import quantizers
 from lightning_qat_osc.rules import bits_differences
+from lightning_qat_osc.scales import hold_scales
 from lightning_qat_osc.surgery import quantize_model
 
 __all__ = ["config_of_checkpoint", "load_quantized", "load_with_arguments", "rename_state"]
@@ -49,7 +50,8 @@ def load_quantized(
         **kwargs: The module's arguments that are not among the checkpoint's hyperparameters.
 
     Returns:
-        The module, with its oscillation histories. Training can go on from it.
+        The module, with its oscillation histories. Training can go on from it with the callbacks; its scales want no
+        gradient without them.
 
     Raises:
         TypeError: If ``module_class`` is no class of LightningModules, ``checkpoint_path`` no path, or ``config``
@@ -121,6 +123,7 @@ def load_with_arguments(
             f"config is of another quantization than {checkpoint_path}, where {'; '.join(differences[:5])}. For other "
             f"bits, load the weights alone, with {module_class.__name__}.load_from_checkpoint(path, strict=False)"
         )
+    hold_scales(module)
     return module
 
 

@@ -15,6 +15,7 @@ from lightning_qat_osc.quantizers import Quantizer, WeightQuantizer
 
 __all__ = [
     "QuantizedWeight",
+    "computed_weights",
     "is_quantized",
     "model_modules",
     "oscillation_states",
@@ -90,6 +91,16 @@ def weights_with_quantizers(module: nn.Module) -> list[QuantizedWeight]:
             if weight is not None:
                 found.setdefault(q, QuantizedWeight(weight_name(layer_name, parameter), weight, q))
     return list(found.values())
+
+
+def computed_weights(module: nn.Module) -> dict[str, WeightQuantizer]:
+    """The quantizers of weights that are no parameters, but computed from others, by the weight's name."""
+    return {
+        weight_name(layer_name, parameter): q
+        for layer_name, layer in quantized_layers(module).items()
+        for parameter, q in layer.weight_quantizers().items()
+        if layer._parameters.get(parameter) is None
+    }
 
 
 def oscillation_states(module: nn.Module) -> dict[str, OscillationState]:

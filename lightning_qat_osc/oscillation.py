@@ -90,6 +90,19 @@ class OscillationState(nn.Module):
         held = (scale * self.weight_int).to(weight.dtype)
         weight.copy_(torch.where(self.frozen, held, weight))
 
+    @torch.no_grad()
+    def forget_where_moved(self, weight_int: Tensor) -> None:
+        """Begin the history anew where weights have been moved without it: by a fit that did not track them.
+
+        Args:
+            weight_int: Integers now, of the dtype and shape of the stored ones.
+        """
+        moved = weight_int != self.weight_int
+        self.ema_int.copy_(torch.where(moved, weight_int.float(), self.ema_int))
+        self.weight_int.copy_(weight_int)
+        for of_the_past in (self.direction, self.frequency, self.frozen):
+            of_the_past.mul_(~moved)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the module to another device, never to another dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

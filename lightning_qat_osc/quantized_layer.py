@@ -223,11 +223,20 @@ def _make_class(layer_class: Any) -> type[nn.Module]:
         "float_forward": bases[0].forward,
         "forward": QuantizedLayer.forward,
     }
+    if hasattr(layer_class, "reset_parameters"):
+        attributes["reset_parameters"] = _reset_parameters
     for parent in layer_class.__mro__:
         for name, value in vars(parent).items():
             if isinstance(value, property) and "weight" in name:
                 attributes.setdefault(name, _substitutable(name, value))
     return type(f"Quantized{layer_class.__name__}", bases, attributes)
+
+
+def _reset_parameters(layer: QuantizedLayer) -> None:
+    """Draw the weights anew, as between folds of a cross-validation: ranges and histories are those of others then."""
+    cast(Any, layer.float_class).reset_parameters(layer)
+    for quantizer in layer.quantizers():
+        quantizer.stale = True
 
 
 def _substitutable(name: str, computed: property) -> property:

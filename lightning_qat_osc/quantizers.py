@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ class Quantizer(nn.Module):
         quant_max: Largest integer.
         zero_point: The integer that stands for 0.0.
         calibrated: Whether the scale and the grid have been set from data.
-        stale: Whether its layer's weights have come, since then, from a state in full precision.
+        stale: Whether its layer's weights have since come from a state in full precision, or been drawn anew.
+        held: None, or, while its scale wants no gradient because nobody trains it, what its layer was before.
         scale_grad: Gradient of the scale between the moment it is taken out of the optimizer's sight and the step.
         fused: Whether to compute with compiled kernels.
         recompute: Whether its layer quantizes again in the backward pass instead of keeping the result for it.
@@ -49,6 +50,7 @@ class Quantizer(nn.Module):
         self.bits = self._bits_asked = bits
         self.pinned = pinned
         self.stale = False
+        self.held: Literal["trained", "frozen"] | None = None
         self.scale_grad: Tensor | None = None
         self.fused = False
         self.recompute = False

@@ -39,6 +39,7 @@ __all__ = [
     "quantizable_layers",
     "quantize_model",
     "unquantized_layers",
+    "weights_of_other_sizes",
     "weights_tied_late",
 ]
 
@@ -105,7 +106,8 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
             differences = config_differences(layer.quant_config.to_dict(), config.to_dict())
             raise ValueError(
                 f"the module is quantized already, differently: {differences}. For other bits, load its checkpoint "
-                "into a new module with load_from_checkpoint(path, strict=False), which takes the weights alone"
+                "into a new module with load_from_checkpoint(path, strict=False), which takes the weights alone, and "
+                "give it a network in full precision, if that is an argument"
             )
     new = {name: layers[name] for name in planned if not isinstance(layers[name], QuantizedLayer)}
     _check_shared_weights(new, planned)
@@ -149,7 +151,12 @@ def _check_supported(name: str, layer: nn.Module) -> None:
             "the checkpoint, by load_from_checkpoint(path, strict=False)."
         )
     for parameter in weight_names(layer):
-        weight = latent_weight(layer, parameter)
+        try:
+            weight = latent_weight(layer, parameter)
+        except AttributeError as error:
+            raise ValueError(
+                f"layer '{name}' has no {parameter} of its own (maybe another network makes it): {error}. {leave_out}."
+            ) from error
         if is_lazy(weight):
             raise ValueError(
                 f"layer '{name}' is lazy and has no {parameter} yet: run a batch through the model first. {leave_out}."
@@ -196,6 +203,15 @@ def hidden_weights(module: nn.Module) -> list[str]:
             if owner not in (None, quantized_class(layer.float_class)):
                 hidden.append(weight_name(name, parameter))
     return hidden
+
+
+def weights_of_other_sizes(module: nn.Module) -> list[str]:
+    """Names of the weights that have more or fewer output channels than scales: they were replaced by others."""
+    return [
+        name
+        for name, weight, q in weights_with_quantizers(module)
+        if q.scale.numel() > 1 and q.scale.numel() != weight.shape[q.channel_dim]
+    ]
 
 
 def weights_tied_late(module: nn.Module) -> list[str]:

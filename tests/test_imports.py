@@ -19,7 +19,7 @@ FLOORS = [
     {"quantizers", "metrics"},
     {"quantized_layer"},
     {"lookup"},
-    {"sweep", "rules"},
+    {"sweep", "rules", "scales"},
     {"surgery", "observation"},
     {"calibration", "plan", "loading", "checkpoints"},
     {"export.integers", "export.extras"},

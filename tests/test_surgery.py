@@ -239,6 +239,14 @@ class NotYet(nn.Linear):
         raise RuntimeError("not set up yet")
 
 
+class Given(nn.Linear):
+    """Its weight is set from outside, before each call."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        del self.weight
+
+
 class Sealed(nn.Linear):
     def __init_subclass__(cls, *, key):
         super().__init_subclass__()
@@ -249,6 +257,7 @@ class Sealed(nn.Linear):
     [
         (WithAQuantizer, "layer '1' has 'input_quantizer' of its own, where quantizers would be. Leave it out with"),
         (NotYet, "layer '1' has 'quantizers' of its own, where quantizers would be"),
+        (Given, "layer '1' has no weight of its own.*Leave it out with LayerRule"),
         (Sealed, "layer '1' is of a class, Sealed, that cannot be subclassed: .*key.* Leave it out with LayerRule"),
     ],
 )

@@ -21,7 +21,8 @@ class OptimizerStepHooks:
     """Calls functions around each step that an optimizer of the Trainer really takes, whoever asked for it.
 
     They are not called for micro-batches that only accumulate gradients, nor, after the step, where a gradient scaler
-    skips it; they are under manual optimization, and for each of several optimizers. Before a step Lightning's
+    skips it or it moves nothing, as where a guard against NaN has dropped the gradients; they are under manual
+    optimization, and for each of several optimizers. Before a step Lightning's
     ``on_before_optimizer_step`` comes first, ahead of clipping, and a callback says so with :meth:`begin`. Optimizers
     that a module takes without Lightning's wrapper know no such hook: their own then makes up for it. Steps of other
     optimizers than the Trainer's, which nobody would hear of, are refused where they move scales.
@@ -35,6 +36,7 @@ class OptimizerStepHooks:
         self._handles: list[RemovableHandle] = []
         self._hooked: set[Optimizer] = set()
         self._begun: set[tuple[pl.Callback, Optimizer]] = set()
+        self._about_to_move: dict[Optimizer, list[tuple[Parameter, int]]] = {}  # and their versions
         self._running: dict[Optimizer, tuple[int, int]] = {}  # how many steps deep, and in which batch
 
     def attach(self, trainer: pl.Trainer, scales: Iterable[Parameter]) -> None:
@@ -74,6 +76,9 @@ class OptimizerStepHooks:
         new = optimizer not in self._hooked
         if new:
             self._hook()
+        if not any(begun is optimizer for _, begun in self._begun):
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._about_to_move[optimizer] = [(p, p._version) for p in parameters]
         self._begun.add((callback, optimizer))
         return new
 
@@ -82,8 +87,10 @@ class OptimizerStepHooks:
         for handle in self._handles:
             handle.remove()
         self._trainer = None
-        for held in (self._scales, self._before, self._after, self._handles, self._hooked, self._begun, self._running):
+        for held in (self._scales, self._before, self._after, self._handles, self._hooked, self._begun):
             held.clear()
+        self._about_to_move.clear()
+        self._running.clear()
 
     def _hook(self) -> None:
         assert self._trainer is not None
@@ -130,9 +137,21 @@ class OptimizerStepHooks:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._depth(optimizer) <= 1:
             self._end(optimizer)
-            for after in self._after:  # still within the step, as the steps that they make themselves
+            moved = self._has_moved(optimizer)
+            for after in self._after if moved else ():  # still within the step, as the steps that they make themselves
                 after(optimizer)
         self._deeper(optimizer, by=-1)
+
+    def _has_moved(self, optimizer: Optimizer) -> bool:
+        """Whether a step has moved something. What has no gradient any more, and is as it was, it has left out.
+
+        Scales do not tell, as their gradients are taken out. Where there is nothing else, they move.
+        """
+        noted = self._about_to_move.pop(optimizer, [])
+        telling = [(p, version) for p, version in noted if id(p) not in self._scales]
+        if not telling:
+            return bool(noted)
+        return any(p.grad is not None or p._version != version for p, version in telling)
 
     def _after_another_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer in self._hooked or any(self._depth(other) > 0 for other in self._hooked):

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_qat_osc.callbacks._frozen_weights import HoldsFrozenWeights
 from lightning_qat_osc.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lightning_qat_osc.lookup import weights_with_quantizers
+from lightning_qat_osc.lookup import computed_weights, weights_with_quantizers
 
 __all__ = [
     "require_averaging_before",
@@ -97,6 +97,13 @@ def warn_if_nothing_oscillates(pl_module: pl.LightningModule, max_bits: int, ver
     """
     bits = [w.quantizer.bits for w in weights_with_quantizers(pl_module) if w.quantizer.bits is not None]
     if any(b <= max_bits for b in bits):
+        return
+    computed = [name for name, q in computed_weights(pl_module).items() if q.bits is not None and q.bits <= max_bits]
+    if computed:
+        rank_zero_warn(
+            f"{', '.join(computed[:5])} are computed from other parameters (a parametrization, a norm, pruning), and "
+            f"no other weight is quantized to max_bits={max_bits} or fewer: there is nothing to {verb}."
+        )
         return
     least = f"the least is {min(bits)}; the first and last layer have first_last_bits" if bits else "none is quantized"
     rank_zero_warn(

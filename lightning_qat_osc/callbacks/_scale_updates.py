@@ -75,7 +75,8 @@ class _LogSteps:
         """By the id of a parameter, how much of its peak the learning rate of its group has now."""
         shares: dict[int, float] = {}
         for group, peak in zip(self._optimizer.param_groups, self.peaks):
-            share = min(1.0, _rate(group, "lr") / peak) if peak > 0.0 else 1.0
+            finds_it_by_itself = group.get("lr") is None
+            share = 1.0 if finds_it_by_itself else min(1.0, _rate(group, "lr") / (peak or 1.0))
             shares.update(dict.fromkeys(map(id, group["params"]), share))
         return shares
 

@@ -61,18 +61,16 @@ class TracksOscillation(pl.Callback):
         self._leads = next((c for c in sharing if isinstance(c, HoldsFrozenWeights)), sharing[0]) is self
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hook the optimizers, and begin the history of every weight that has none with its integers of now."""
+        """Hook the optimizers, and begin the history of every weight that has none or is not where it ended."""
         self._weights = OptimizerWeights(pl_module, self.max_bits)
 
         def after_step(optimizer: Optimizer) -> None:
-            # where training_step returned None, Lightning steps without gradients, and nothing moves
-            moved = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-            if self._leads and moved:
+            if self._leads:
                 advance_states(self._weights.of(optimizer), self._momentum, self._threshold_now(trainer))
 
         self._step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module), after_step)
         for _, weight, quantizer in quantized_weights(pl_module, self.max_bits):
-            quantizer.start_tracking(weight)
+            quantizer.start_tracking(weight).forget_where_moved(quantizer.to_int(weight.detach()))
         if self._leads:
             warn_if_nothing_oscillates(pl_module, self.max_bits, self._verb)
 

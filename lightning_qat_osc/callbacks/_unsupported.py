@@ -15,10 +15,18 @@ from lightning_qat_osc.surgery import (
     no_layer_to_quantize,
     quantizable_layers,
     unquantized_layers,
+    weights_of_other_sizes,
     weights_tied_late,
 )
 
-__all__ = ["check_callbacks", "check_layers", "check_strategy", "warn_of_copied_process", "warn_of_teachers"]
+__all__ = [
+    "check_callbacks",
+    "check_layers",
+    "check_strategy",
+    "warn_of_copied_process",
+    "warn_of_late_layers",
+    "warn_of_teachers",
+]
 
 # they copy the model in `setup`, and pair its parameters with the copy's by position
 _COPY_THE_MODEL = (pl.callbacks.WeightAveraging, pl.callbacks.StochasticWeightAveraging)
@@ -94,6 +102,12 @@ def check_layers(pl_module: pl.LightningModule, config: QuantConfig) -> None:
             f"the quantizers of {', '.join(hidden[:5])} have no effect, because a parametrization that was "
             "registered after Callback.setup computes the weight: register it in __init__ or configure_model."
         )
+    resized = weights_of_other_sizes(pl_module)
+    if resized:
+        raise MisconfigurationException(
+            f"{', '.join(resized[:5])} have been replaced by weights of other sizes, which do not have a scale for "
+            "each channel: make a module of the new sizes, in full precision, and take the weights over."
+        )
     tied = weights_tied_late(pl_module)
     if tied:
         raise MisconfigurationException(
@@ -109,6 +123,15 @@ def warn_of_copied_process(trainer: pl.Trainer, pl_module: pl.LightningModule) -
             "Training runs in copies of the process, and gives the latent weights back to a module without "
             "quantizers. To have it back quantized, call lightning_qat_osc.quantize_model(module, config) with "
             "this callback's config before fit, or load a checkpoint with lightning_qat_osc.load_quantized."
+        )
+
+
+def warn_of_late_layers(names: list[str]) -> None:
+    """Say so if layers, such as those of a network that grows, train in full precision because they came late."""
+    if names:
+        rank_zero_warn(
+            f"Layers {', '.join(names[:5])} have been made since training began. They have no quantizers, and stay in "
+            "full precision until the next fit, which gives them some."
         )
 
 

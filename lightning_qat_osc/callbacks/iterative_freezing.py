@@ -135,7 +135,8 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hold frozen weights also where another callback has just swapped in averaged ones."""
-        self._hold(trainer, pl_module)
+        if not trainer.sanity_checking:  # ahead of which nobody has looked at what is frozen
+            self._hold(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hold frozen weights also where another callback has just swapped in averaged ones."""

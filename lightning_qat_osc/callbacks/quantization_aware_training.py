@@ -31,6 +31,7 @@ from lightning_qat_osc.callbacks._unsupported import (
     check_layers,
     check_strategy,
     warn_of_copied_process,
+    warn_of_late_layers,
     warn_of_teachers,
 )
 from lightning_qat_osc.checks import check_count, check_file, check_flag, check_function, check_number
@@ -39,11 +40,11 @@ from lightning_qat_osc.files import written_whole
 from lightning_qat_osc.kernels import why_nothing_compiles
 from lightning_qat_osc.lookup import quantizers, scale_parameters
 from lightning_qat_osc.plan import LayerPlan, format_plan, quantization_plan
-from lightning_qat_osc.quantizers import Quantizer
 from lightning_qat_osc.ranges import RangeMethod
 from lightning_qat_osc.rules import bits_differences
+from lightning_qat_osc.scales import hold_scales, release_scales
 from lightning_qat_osc.sharding import reshard, whole
-from lightning_qat_osc.surgery import quantizable_layers, quantize_model
+from lightning_qat_osc.surgery import quantizable_layers, quantize_model, unquantized_layers
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -148,7 +149,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._watched: WatchedSteps | None = None
         self._float_checkpoint: dict[str, Any] | None = None
         self._checked = False  # the scales, after the first step
-        self._held: set[Quantizer] = set()  # whose scales want no gradient while states are restored
+        self._late: set[str] = set()  # layers that have come after the quantizers
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Insert the quantizers, unless they are in already."""
@@ -158,12 +159,14 @@ class QuantizationAwareTraining(pl.Callback):
             # a fit that failed after its checkpoint was read may have left these
             self._scale_updates = self._saved_scale_updates = self._float_checkpoint = None
             warn_of_copied_process(trainer, pl_module)
+            self._late.clear()
         if quantizable_layers(pl_module):
             quantize_model(pl_module, self.config)
-        if stage != "fit" and trainer.strategy.restore_checkpoint_after_setup:
-            self._hold_scales(pl_module)  # the Trainer may still have a fit's optimizers, which it restores, too
         if stage == "fit":
+            release_scales(pl_module)
             warn_of_teachers(trainer, pl_module)
+        elif trainer.strategy.restore_checkpoint_after_setup:
+            self._hold_scales(pl_module)  # the Trainer may still have a fit's optimizers, which it restores, too
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the updates of the scales."""
@@ -175,17 +178,11 @@ class QuantizationAwareTraining(pl.Callback):
             self._saved_scale_updates = None
         self._make_room_for_scales(trainer, pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
-            self._hold_scales(pl_module)  # from here on
+            self._hold_scales(pl_module)  # no optimizer is to be asked for their state while states are restored
 
-    def _hold_scales(self, pl_module: pl.LightningModule, *, hold: bool = True) -> None:
-        """Keep optimizers from being asked for a state of the scales while states are restored, or end that."""
+    def _hold_scales(self, pl_module: pl.LightningModule) -> None:
         reshard(pl_module)  # it has the parts, where a forward pass may have left whole parameters
-        if hold:
-            self._held |= {q for q in quantizers(pl_module) if q.scale.requires_grad}
-        for quantizer in self._held:
-            quantizer.scale.requires_grad_(not hold)
-        if not hold:
-            self._held.clear()
+        hold_scales(pl_module)
 
     def _choose_kernels(self, pl_module: pl.LightningModule) -> None:
         problem = why_nothing_compiles(pl_module.device) if self.fused else None
@@ -228,14 +225,18 @@ class QuantizationAwareTraining(pl.Callback):
                 for state, optimizer in zip(checkpoint["optimizer_states"], trainer.optimizers)
             ]
 
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drop ranges from before weights in full precision were loaded."""
+        _begin_anew_where_stale(pl_module)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the optimizers, and initialise the ranges, unless a checkpoint brought them."""
         assert self._scale_updates is not None
         self._checked = False
         self.step_hooks.attach(trainer, scale_parameters(pl_module))
         self.step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module), self._after_step)
-        if trainer.strategy.restore_checkpoint_after_setup:
-            self._hold_scales(pl_module, hold=False)
+        release_scales(pl_module)
+        check_layers(pl_module, self.config)  # the module's own on_fit_start came after ours
         _begin_anew_where_stale(pl_module)
         self._check_bits(pl_module)
         release_frozen_weights(trainer, pl_module)
@@ -253,6 +254,15 @@ class QuantizationAwareTraining(pl.Callback):
             rank_zero_info(format_plan(plan))
         if self.plan_path is not None:
             _write_plan(self.plan_path, plan)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Say so if layers have been made since training began."""
+        if batch_idx == 0:
+            late = set(unquantized_layers(pl_module, self.config)) - self._late
+            self._late |= late
+            warn_of_late_layers(sorted(late))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -355,17 +365,17 @@ class QuantizationAwareTraining(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the optimizers. Weights that were exchanged within a run were its own affair."""
         if stage == "fit":  # and no evaluation by another Trainer inside of one
-            self._release()
-        elif trainer.strategy.restore_checkpoint_after_setup:
-            self._hold_scales(pl_module, hold=False)
+            self._release(pl_module)
         _forget_what_was_loaded(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the optimizers and of the layers."""
-        self._release()
+        if trainer.state.fn == "fit":
+            self._release(pl_module)
         _forget_what_was_loaded(pl_module)
 
-    def _release(self) -> None:
+    def _release(self, pl_module: pl.LightningModule) -> None:
+        self._hold_scales(pl_module)  # a fit without this callback would move them like any parameter
         self.step_hooks.detach()
         if self._watched is not None:
             self._watched.close()

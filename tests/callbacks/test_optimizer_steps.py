@@ -254,3 +254,41 @@ def test_an_average_that_moves_without_a_step_is_no_step(loads):
     module = Averaging(loads)
     trainer(callbacks(forward_fn=lambda module, batch: module.network(batch[0])), max_epochs=2).fit(module, Data())
     assert any((s.weight_int != 0).any() for s in oscillation_states(module).values())
+
+
+class Guarded(ConvModule):
+    """Some losses are NaN, and a guard that comes after the callbacks' hook drops what they lead to."""
+
+    def __init__(self, guard):
+        super().__init__(lr=0.3)
+        self.guard = guard
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.guard == "skip":
+            return loss if batch_idx % 3 else None
+        return loss if batch_idx % 3 else loss * float("nan")
+
+    def drop(self):
+        if not all(p.grad.isfinite().all() for p in self.parameters() if p.grad is not None):
+            self.zero_grad()
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.guard == "hook":
+            self.drop()
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        if self.guard == "clipping":
+            self.drop()
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`.*")
+@pytest.mark.parametrize("guard", ["hook", "clipping"])
+def test_a_step_whose_gradients_were_dropped_moves_nothing(guard):
+    skipping, guarded = Guarded("skip"), Guarded(guard)
+    guarded.load_state_dict(skipping.state_dict())
+    for module in (skipping, guarded):
+        trainer(callbacks(scale_learning_rate=0.02), max_epochs=4).fit(module, Data())
+    assert any(s.frequency.any() for s in oscillation_states(guarded).values())
+    for name, value in guarded.state_dict().items():
+        assert torch.equal(value, skipping.state_dict()[name]), name

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import ConvModule, Data, trainer
 from reference import WeightLoop
+from torch.nn.utils import prune
 
 from lightning_qat_osc import (
     BatchNormReestimation,
@@ -138,6 +139,15 @@ def test_without_quantization_it_says_what_is_missing():
 def test_nothing_to_track_is_told():
     with pytest.warns(UserWarning, match="max_bits=4 or fewer"):
         trainer([qat(weight_bits=8), OscillationTracking()], max_steps=1).fit(ConvModule(), Data())
+
+
+@pytest.mark.filterwarnings("ignore:.*not tracked, dampened or frozen.*")
+def test_nothing_to_track_but_computed_weights_is_told():
+    module = ConvModule()
+    for layer in (module.depthwise, module.point):
+        prune.l1_unstructured(layer, "weight", 0.5)
+    with pytest.warns(UserWarning, match=r"depthwise, point are computed .*nothing to track"):
+        trainer([qat(first_last_bits=8), OscillationTracking()], max_steps=1).fit(module, Data())
 
 
 def test_momenta_that_differ_are_an_error():

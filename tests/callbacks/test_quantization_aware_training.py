@@ -646,11 +646,14 @@ def test_an_error_of_a_pass_comes_with_advice():
     assert "give forward_fn, a function of the LightningModule and a batch" in raised.value.__notes__[0]
 
 
-def test_scales_follow_the_group_of_their_layer():
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_scales_follow_the_group_of_their_layer(scheduled):
     class Groups(ConvModule):
         def configure_optimizers(self):
             head = [p for layer in (self.point, self.head) for p in layer.parameters()]
             rest = [p for layer in (self.stem, self.depthwise) for p in (layer.weight,)]
+            if not scheduled:
+                return torch.optim.SGD([{"params": rest, "lr": 0.0}, {"params": head}], lr=0.01)
             optimizer = torch.optim.SGD([{"params": rest}, {"params": head}], lr=0.01)
             held = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.0, lambda step: 1.0])
             return [optimizer], [{"scheduler": held, "interval": "step"}]
@@ -688,3 +691,31 @@ def test_scales_of_a_group_that_comes_later_follow_its_rise_and_fall():
         updates.after_step(optimizer)
         rates.append(-math.log(backbone.weight_quantizer.scale.item() / before))
     assert rates[1:] == pytest.approx([1e-4, 5e-4, 1e-3, 2e-4], rel=0.02)
+
+
+class Growing(ConvModule):
+    """Has a new head from some hook on."""
+
+    def __init__(self, hook):
+        super().__init__()
+        setattr(self, hook, self.grow)
+
+    def grow(self):
+        if type(self.head) is not nn.Sequential:
+            self.head = nn.Sequential(self.head, nn.Linear(3, 3))
+            self.trainer.optimizers[0].add_param_group({"params": list(self.head[1].parameters())})
+
+
+def test_layers_made_by_the_modules_own_on_fit_start_are_refused():
+    with pytest.raises(MisconfigurationException, match=r"layers head\.1 have no quantizers"):
+        trainer([qat()]).fit(Growing("on_fit_start"), Data())
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start", "on_train_epoch_end"])
+def test_layers_made_while_training_are_told_once_and_quantized_by_the_next_fit(hook):
+    module = Growing(hook)
+    with pytest.warns(UserWarning, match=r"head\.1 have been made since training began") as told:
+        trainer([qat()], max_epochs=3).fit(module, Data())
+    assert len([w for w in told if "since training began" in str(w.message)]) == 1
+    trainer([qat()]).fit(module, Data())
+    assert all(q.calibrated for q in module.head[1].quantizers())
