@@ -92,7 +92,9 @@ class Calibrator:
         followers = [name for name in fixed if name in copies]
         beside = {part_of[name] for name in followers}
         others = [name for name in fixed if part_of[name] not in beside]
-        unread = [name for name in others if part_of[name] not in arrived]
+        # what is behind adapters in a network that nothing goes around, as with LoRA, is no teacher
+        adapted = set() if self._seen.flow.bypassed else {name.partition(".")[0] for name in self._trained}
+        unread = [n for n in others if part_of[n] not in arrived and n.partition(".")[0] not in adapted]
         sizes = Counter(part_of[name] for name in others)
         # a network, and no table of positions or the like
         read = [name for name in others if part_of[name] in arrived and sizes[part_of[name]] > 1]

@@ -18,7 +18,7 @@ Network = dict[str, nn.Module]
 _NEAR = 0.5  # relative distance of two weights; it is 1.4 between independent ones
 
 
-def untrained_copies(layers: Mapping[str, nn.Module], trained: Collection[str]) -> dict[str, str]:
+def untrained_copies(layers: Mapping[str, nn.Module], trained: Collection[str], *, near: bool = True) -> dict[str, str]:
     """The layers of copies of a trained network, and what each is a copy of.
 
     A copy holds several layers, of the same names, classes and shapes as the original's, with weights near to its, and
@@ -28,6 +28,7 @@ def untrained_copies(layers: Mapping[str, nn.Module], trained: Collection[str]) 
     Args:
         layers: The layers of a model, by name.
         trained: Names of those with parameters that are trained.
+        near: Compare weights, too.
 
     Returns:
         Name of a layer of a copy -> name of the layer in the original.
@@ -60,7 +61,7 @@ def untrained_copies(layers: Mapping[str, nn.Module], trained: Collection[str]) 
         if len(beside) > 1 and _structure(beside) == structure and not beside.keys().isdisjoint(trained):
             candidates.append(("", beside))
         for original, its in candidates:
-            if _are_near(network, its):
+            if not near or _are_near(network, its):
                 for name in network:
                     copies.setdefault(f"{prefix}.{name}", f"{original}{name}")
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ class WatchesWeights(TorchFunctionMode):
     """Notes what is done to quantized weights besides their layer's own function.
 
     Args:
-        weights: id of a latent weight -> its name.
+        weights: Latent weight -> its name.
         running: The layers whose forward runs, innermost last, with their names.
 
     Attributes:
@@ -78,9 +79,11 @@ class WatchesWeights(TorchFunctionMode):
         changed_unseen: Name of a layer -> the function that changes its quantized weight past autograd, through .data.
     """
 
-    def __init__(self, weights: dict[int, str], running: list[tuple[str, nn.Module]]) -> None:
+    def __init__(self, weights: Mapping[nn.Parameter, str], running: list[tuple[str, nn.Module]]) -> None:
         super().__init__()
-        self._weights, self._running = weights, running
+        self._running = running
+        self._weights = {id(w): name for w, name in weights.items()}
+        self._in_memory = {w.untyped_storage().data_ptr(): name for w, name in weights.items() if not is_sharded(w)}
         self.read_outside: dict[str, str] = {}
         self.changed_inside: dict[str, str] = {}
         self.changed_unseen: dict[str, str] = {}
@@ -102,8 +105,9 @@ class WatchesWeights(TorchFunctionMode):
                 aliases[x] = changed[0]
         if values and not self._running and not _hands_over(func, function):
             for x in read:
-                if id(x) in self._weights and isinstance(x, nn.Parameter):
-                    self.read_outside.setdefault(self._weights[id(x)], function)
+                name = self._weight_read_by(function, x)
+                if name is not None:
+                    self.read_outside.setdefault(name, function)
         if in_place or (values and not _keeps_the_grid(function)):
             for name in changed:
                 self.changed_inside.setdefault(name, function)
@@ -111,6 +115,14 @@ class WatchesWeights(TorchFunctionMode):
             if w._version == version and _share_memory(args[0], w) and function != "__set__":
                 self.changed_unseen[name] = function
         return out
+
+    def _weight_read_by(self, function: str, x: Tensor) -> str | None:
+        """The name of the weight that an argument is, or, for what networks compute with, that it was detached from."""
+        if isinstance(x, nn.Parameter):
+            return self._weights.get(id(x))
+        if is_sharded(x) or not (function in _PRODUCTS.split() or _LAYER_FUNCTION.search(function)):
+            return None
+        return self._in_memory.get(x.untyped_storage().data_ptr())
 
     def _quantized_weights(self) -> list[tuple[Tensor, str]]:
         """What stands for the weights of the layer whose forward runs, and its name."""

@@ -20,6 +20,7 @@ __all__ = [
     "LayerKind",
     "calling_class",
     "calling_forward",
+    "in_order",
     "input_names",
     "keep_off_fused_path",
     "kind_names",
@@ -221,14 +222,25 @@ def calling_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     return calling if layer_class is calling.__base__ else _make_calling(cast(Any, layer_class))
 
 
+def in_order(layer_class: type[nn.Module], calling: type[nn.Module]) -> list[type[nn.Module]]:
+    """The bases of a class with a layer's memory layout, also where its class begins with an abstract one."""
+    return [calling, layer_class] if issubclass(calling, layer_class) else [layer_class, calling]
+
+
 @cache
 def _make_calling(layer_class: Any) -> type[nn.Module]:
     def reduce(layer: Any, protocol: Any) -> tuple[Any, ...]:
         """Pickle by the layer's own class: this one is made at run time."""
         return _new_calling, (layer_class,), nn.Module.__reduce_ex__(layer, max(protocol, 2))[2]
 
-    attributes = {"__module__": layer_class.__module__, "__doc__": layer_class.__doc__, "__reduce_ex__": reduce}
-    return type(layer_class.__name__, (cast(Any, calling_forward(layer_class)), layer_class), attributes)
+    calling = cast(Any, calling_forward(layer_class))
+    attributes = {
+        "__module__": layer_class.__module__,
+        "__doc__": layer_class.__doc__,
+        "__reduce_ex__": reduce,
+        "forward": calling.forward,
+    }
+    return type(layer_class.__name__, (layer_class, calling), attributes)
 
 
 def _new_calling(layer_class: type[nn.Module]) -> nn.Module:

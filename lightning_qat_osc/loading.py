@@ -128,9 +128,9 @@ def load_with_arguments(
 
 
 def rename_state(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Do to a checkpoint what the module's ``on_load_checkpoint`` does to it, and nothing to the module.
+    """Do what the module's ``on_load_checkpoint`` does, but for the layers that it makes.
 
-    That may make layers in it, which it has already, and with quantizers: so one like it is asked.
+    The module has these already, and with quantizers: so one like it is asked, and the rest is taken over.
 
     Args:
         module: A LightningModule.
@@ -139,7 +139,11 @@ def rename_state(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     hook = "on_load_checkpoint"
     lightnings = [base for base in type(module).__mro__ if hook in vars(base)][-1]
     if getattr(getattr(module, hook), "__func__", None) is not vars(lightnings)[hook]:
-        cast(Any, _twin(module, {})).on_load_checkpoint(checkpoint)
+        twins: dict[nn.Module, nn.Module] = {}
+        cast(Any, _twin(module, twins)).on_load_checkpoint(checkpoint)
+        for original, twin in twins.items():  # values that it keeps in checkpoints, but for the layers
+            modules = original._modules
+            vars(original).update(vars(twin), _modules=modules)
 
 
 def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -150,7 +154,8 @@ def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
         for name, held in vars(module).items():
             if type(held) in (dict, list, set):
                 vars(twin)[name] = copy.copy(held)
-        twin._modules = {
+        # past __setattr__: a compiled module hands attributes on to the one inside
+        vars(twin)["_modules"] = {
             name: None if child is None else _twin(child, twins) for name, child in module._modules.items()
         }
     return twins[module]

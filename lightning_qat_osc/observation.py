@@ -25,6 +25,8 @@ __all__ = ["Observation", "ObservedInput"]
 _SAMPLE_PER_CALL = 2**16  # elements of each layer's input that are kept of a forward pass
 _SAMPLE = 2**18  # and of all forward passes, of all ranks
 _GOLDEN = (5**0.5 - 1) / 2  # steps of a whole number and this are in step with no number of features
+_PLASTIC = 0.7548776662466927  # and multiples of this with neither (the root of x^3 + x^2 = 1, as that of x^2 + x = 1)
+_UNIT = 2**20  # of positions: floats of 32 bits, which are all that some devices have, are even above 2^24
 
 
 def _parts_around(name: str) -> list[str]:
@@ -42,10 +44,11 @@ def _sample(x: Tensor, *, convolved: bool) -> Tensor:
     return flat if every == 1 else _spread(flat, every + _GOLDEN)
 
 
-def _spread(flat: Tensor, every: float) -> Tensor:
-    """The elements at multiples of a number, rounded down, the first at least."""
-    count = max(1, int(flat.numel() / every))
-    return flat[torch.arange(count, device=flat.device, dtype=torch.float32).mul_(every).long()]
+def _spread(flat: Tensor, every: float, phase: float = 0.0) -> Tensor:
+    """Every so many elements, at least one; the first after a share of that number."""
+    step, start = int(every * _UNIT), int(phase * min(every, flat.numel()) * _UNIT)
+    count = -(-(flat.numel() * _UNIT - start) // step)
+    return flat[(torch.arange(count, device=flat.device) * step + start) // _UNIT]
 
 
 @dataclass
@@ -63,7 +66,8 @@ class ObservedInput:
     def add(self, x: Tensor) -> None:
         """Take the input of a call in: floating-point numbers, at least one."""
         sample = _sample(x, convolved=self.convolved).to(torch.promote_types(x.dtype, torch.float32))
-        self.samples.append(sample.clone() if self.every == 1.0 else _spread(sample, self.every))
+        phase = self._phase(len(self.samples))
+        self.samples.append(sample.clone() if self.every == 1.0 else _spread(sample, self.every, phase))
         self.kept += self.samples[-1].numel()
         self.thin_out(_SAMPLE)
         flat = x.detach().flatten()
@@ -76,8 +80,12 @@ class ObservedInput:
         """Keep at most so many elements, as large a share of each call."""
         while self.kept > max(most, len(self.samples)):
             self.every *= 2.0 + _GOLDEN
-            self.samples = [_spread(sample, 2.0 + _GOLDEN) for sample in self.samples]
+            self.samples = [_spread(sample, 2.0 + _GOLDEN, self._phase(i)) for i, sample in enumerate(self.samples)]
             self.kept = sum(sample.numel() for sample in self.samples)
+
+    def _phase(self, call: int) -> float:
+        """Other elements of each call; and, times `every`, others than were kept when there were fewer calls."""
+        return call * _PLASTIC * self.every % 1.0
 
     def extend(self, other: ObservedInput) -> None:
         """Take in what another has seen."""
@@ -145,7 +153,7 @@ class Observation:
         around = {part for name in trained for part in _parts_around(name)}
         self.part_of = {name: next((p for p in _parts_around(name) if p not in around), name) for name in layers}
         names = {
-            id(weight): weight_name(name, parameter)
+            weight: weight_name(name, parameter)
             for name, layer in layers.items()
             if isinstance(layer, QuantizedLayer)
             for parameter in layer.parameter_quantizers

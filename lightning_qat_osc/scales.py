@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_qat_osc.lookup import own_parameters, quantized_layers
 from lightning_qat_osc.quantized_layer import QuantizedLayer
+from lightning_qat_osc.sharding import reshard
 
 __all__ = ["hold_scales", "release_scales"]
 
@@ -16,6 +17,7 @@ def hold_scales(module: nn.Module) -> None:
     Args:
         module: A quantized model. Scales that want none by themselves are left alone.
     """
+    reshard(module)  # it has the parts, where a forward pass may have left whole parameters
     for layer in quantized_layers(module).values():
         for quantizer in layer.quantizers():
             if quantizer.scale.requires_grad:
@@ -29,6 +31,7 @@ def release_scales(module: nn.Module) -> None:
     Args:
         module: A quantized model.
     """
+    reshard(module)
     for layer in quantized_layers(module).values():
         for quantizer in layer.quantizers():
             if quantizer.held == "frozen" or (quantizer.held == "trained" and _is_trained(layer)):

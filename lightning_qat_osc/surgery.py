@@ -126,7 +126,8 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
 def _leave_scales_of_copies(layers: dict[str, nn.Module], new: dict[str, nn.Module]) -> None:
     """Scales of an average or another copy of the network are moved by whoever moves its weights: DDP need not wait."""
     trained = [name for name, layer in layers.items() if any(p.requires_grad for p in own_parameters(layer))]
-    for name in untrained_copies(layers, trained).keys() & new.keys():
+    # by structure alone: weights may be on the meta device, and a resumed run's optimizers need the same scales
+    for name in untrained_copies(layers, trained, near=False).keys() & new.keys():
         layer = new[name]
         assert isinstance(layer, QuantizedLayer)
         for quantizer in layer.quantizers():
@@ -294,8 +295,9 @@ def _insert(layer: nn.Module, config: QuantConfig, bits: LayerBits, shared: dict
     layer.__class__ = quantized_class(type(layer))
     assert isinstance(layer, QuantizedLayer)
     weights: dict[str, WeightQuantizer] = {}
-    for parameter in () if bits.weight is None else kind.weights(layer):
-        assert bits.weight is not None
+    for parameter in kind.weights(layer):
+        if bits.weight is None:
+            break
         weight = latent_weight(layer, parameter)
         weights[parameter] = shared.get(weight) or WeightQuantizer(
             bits.weight,

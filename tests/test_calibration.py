@@ -270,6 +270,9 @@ def test_a_weight_that_is_changed_past_autograd_is_not_recomputed(kind, fits):
     [
         (lambda x, w: nn.functional.linear(x, weight=w), True),
         (lambda x, w: x @ w.t(), True),
+        (lambda x, w: nn.functional.linear(x, w.detach()), True),
+        (lambda x, w: x @ w.data.t(), True),
+        (lambda x, w: x + w.detach().norm(), False),
         (lambda x, w: x.type_as(w), False),
         (lambda x, w: x + w.new_zeros(4), False),
         (lambda x, w: x + torch.zeros_like(w[0].detach()), True),
@@ -423,6 +426,46 @@ def test_a_sample_is_of_all_features(shape, batches):
         seen.add(x)
     share = [(sample.abs() > 5.0).float().mean().item() for sample in (torch.cat(seen.samples), torch.cat(values))]
     assert share[0] == pytest.approx(share[1], rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [400, 900])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_sample_of_many_calls_is_of_all_features(steps, batch):
+    # as of a cell that is called once for each step in time, on values that are the number of their feature
+    seen = ObservedInput()
+    for _ in range(4 * steps):
+        seen.add(torch.arange(256.0).expand(batch, 256))
+    counts = torch.bincount(torch.cat(seen.samples).long(), minlength=256) / (seen.kept / 256)
+    assert seen.kept > 2**16
+    assert counts.min() > 0.85
+    assert counts.max() < 1.15
+
+
+def test_a_sample_of_more_elements_than_floats_count_is_of_all_features():
+    seen = ObservedInput()
+    seen.add(torch.arange(1024, dtype=torch.float16).expand(2**15, 1024))
+    counts = torch.bincount(seen.samples[0].long(), minlength=1024)
+    assert counts.min() > 0.8 * counts.float().mean()
+
+
+def test_what_is_behind_adapters_is_no_teacher():
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.down, self.up = nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(2, 8)
+
+        def forward(self, x):
+            return self.base(x) + self.up(self.down(x))
+
+    model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(8, 8), Adapted(), nn.Linear(8, 8), nn.Linear(8, 3))})
+    for name, p in model.named_parameters():
+        p.requires_grad_("down" in name or "up" in name)
+    config = QuantConfig(4, 4)
+    quantize_model(model, config)
+    calibrator = Calibrator(model, config)
+    with torch.no_grad(), calibrator.observe():
+        model["net"](torch.randn(4, 8))
+    assert calibrator.finish() == []
 
 
 def test_a_frozen_teacher_does_not():

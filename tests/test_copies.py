@@ -185,6 +185,17 @@ def test_a_teacher_of_the_same_architecture_is_no_copy():
     assert [q.bits for q in quantizers(module.other)] == [4, 8, 4, 8, 4, 8]
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_which_scales_are_moved_with_the_network_goes_by_its_structure(device):
+    module = Taught(copy.deepcopy)
+    with torch.no_grad():
+        for p in module.net.parameters():
+            p.neg_()  # as far as training may move it before a module is quantized again to be resumed
+    quantize_model(module.to(device), QuantConfig(4, 8))
+    assert all(q.scale.requires_grad for q in quantizers(module.net))
+    assert not any(q.scale.requires_grad for q in quantizers(module.other))
+
+
 def test_a_copy_with_rules_of_its_own():
     rules = [LayerRule("other.*", weight_bits=None, activation_bits=None)]
     module = Averages(average)

@@ -56,8 +56,10 @@ def is_log_step(trainer: pl.Trainer) -> bool:
 
     Loggers do at every ``log_every_n_steps``, and callbacks that monitor at an epoch's end after its last batch.
     """
-    if trainer.barebones or trainer.is_last_batch:
-        return not trainer.barebones
+    if trainer.barebones:
+        return False
+    if trainer.is_last_batch:
+        return True
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
     automatic = trainer.lightning_module.automatic_optimization
     # under manual optimization the loggers go by batches, while global_step counts the steps of all optimizers

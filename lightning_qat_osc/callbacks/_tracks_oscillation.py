@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_qat_osc.callbacks._frozen_weights import HoldsFrozenWeights
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
-from lightning_qat_osc.callbacks._optimizer_weights import OptimizerWeights
+from lightning_qat_osc.callbacks._optimizer_weights import OptimizerWeights, trained_weights
 from lightning_qat_osc.callbacks._requirements import require_one, require_quantization, warn_if_nothing_oscillates
 from lightning_qat_osc.checks import check_bits, check_number
 from lightning_qat_osc.lookup import quantized_weights
@@ -70,6 +70,8 @@ class TracksOscillation(pl.Callback):
 
         self._step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module), after_step)
         for _, weight, quantizer in quantized_weights(pl_module, self.max_bits):
+            quantizer.start_tracking(weight)
+        for _, weight, quantizer in trained_weights(trainer, pl_module, self.max_bits):
             quantizer.start_tracking(weight).forget_where_moved(quantizer.to_int(weight.detach()))
         if self._leads:
             warn_if_nothing_oscillates(pl_module, self.max_bits, self._verb)

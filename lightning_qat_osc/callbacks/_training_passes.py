@@ -17,6 +17,7 @@ from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_qat_osc.callbacks._random_numbers import fixed_random_numbers, generators_in, seeded
@@ -95,7 +96,7 @@ def _fingerprints(module: torch.nn.Module) -> dict[str, tuple[int, float]]:
 
     It reads from the device once, for all of them.
     """
-    parameters = dict(module.named_parameters())
+    parameters = {name: p for name, p in module.named_parameters() if not is_lazy(p)}  # the first pass makes those
     sums = {
         name: own_part(p.detach()).float().nan_to_num().sum()
         for name, p in parameters.items()
@@ -127,7 +128,8 @@ def _restored_state(module: torch.nn.Module, but: Collection[torch.nn.Module]) -
             m._buffers[name] = buffer  # it may have been assigned to
             if buffer is not None and value is not None:
                 buffer.copy_(value)
-        moved = [name for name, now in _fingerprints(module).items() if now != before.get(name)]
+        now = _fingerprints(module)
+        moved = [name for name, was in before.items() if now.get(name) != was]
         if moved:
             rank_zero_warn(
                 f"training_step moves {moved[0]} by itself, also when it is run on training batches to look at them: "

@@ -95,7 +95,9 @@ class ModelExport(pl.Callback):
         """Refuse what would fail after hours of training."""
         if stage != "fit":
             return
-        self._files.clear()  # those of a run before stay; a checkpoint of this run brings its own back
+        # of a run before only what is beside checkpoints that this one may remove
+        kept = getattr(trainer.checkpoint_callback, "best_k_models", {})
+        self._files = {path: files for path, files in self._files.items() if path in kept}
         require_quantization(trainer, self)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(

@@ -43,7 +43,7 @@ from lightning_qat_osc.plan import LayerPlan, format_plan, quantization_plan
 from lightning_qat_osc.ranges import RangeMethod
 from lightning_qat_osc.rules import bits_differences
 from lightning_qat_osc.scales import hold_scales, release_scales
-from lightning_qat_osc.sharding import reshard, whole
+from lightning_qat_osc.sharding import whole
 from lightning_qat_osc.surgery import quantizable_layers, quantize_model, unquantized_layers
 
 __all__ = ["QuantizationAwareTraining"]
@@ -166,7 +166,7 @@ class QuantizationAwareTraining(pl.Callback):
             release_scales(pl_module)
             warn_of_teachers(trainer, pl_module)
         elif trainer.strategy.restore_checkpoint_after_setup:
-            self._hold_scales(pl_module)  # the Trainer may still have a fit's optimizers, which it restores, too
+            hold_scales(pl_module)  # the Trainer may still have a fit's optimizers, which it restores, too
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the updates of the scales."""
@@ -178,11 +178,7 @@ class QuantizationAwareTraining(pl.Callback):
             self._saved_scale_updates = None
         self._make_room_for_scales(trainer, pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
-            self._hold_scales(pl_module)  # no optimizer is to be asked for their state while states are restored
-
-    def _hold_scales(self, pl_module: pl.LightningModule) -> None:
-        reshard(pl_module)  # it has the parts, where a forward pass may have left whole parameters
-        hold_scales(pl_module)
+            hold_scales(pl_module)  # no optimizer is to be asked for their state while states are restored
 
     def _choose_kernels(self, pl_module: pl.LightningModule) -> None:
         problem = why_nothing_compiles(pl_module.device) if self.fused else None
@@ -375,7 +371,7 @@ class QuantizationAwareTraining(pl.Callback):
         _forget_what_was_loaded(pl_module)
 
     def _release(self, pl_module: pl.LightningModule) -> None:
-        self._hold_scales(pl_module)  # a fit without this callback would move them like any parameter
+        hold_scales(pl_module)  # a fit without this callback would move them like any parameter
         self.step_hooks.detach()
         if self._watched is not None:
             self._watched.close()

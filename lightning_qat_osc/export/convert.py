@@ -66,7 +66,8 @@ class QuantizeInputs:
         # a tensor: CUDA divides by a number by multiplying with its reciprocal
         scale = torch.full((1,), grid.scale, dtype=grid.dtype, device=x.device)
         n, p = grid.quant_min - grid.zero_point, grid.quant_max - grid.zero_point
-        if isinstance(x, Tensor) and x.requires_grad and not torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if isinstance(x, Tensor) and x.requires_grad and not traced:
             return fake_quantize(x, scale, n, p)  # straight through: rounding has no gradient
         return ((x / scale).round().clamp(n, p) * scale).to(x.dtype)
 

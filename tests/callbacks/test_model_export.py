@@ -383,13 +383,60 @@ class Growing(ConvModule):
         self.head = torch.nn.Linear(self.head.in_features, self.head.out_features)
 
 
-@pytest.mark.parametrize("module_class", [Partial, Growing])
+class Remembering(ConvModule):
+    """Keeps a value and a buffer that grows in its checkpoints."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = 1.0
+        self.register_buffer("seen", torch.zeros(0))
+
+    def on_train_epoch_start(self):
+        self.temperature = 1.0 + self.current_epoch
+        self.seen = torch.ones(self.current_epoch + 1)
+
+    def forward(self, x):
+        return super().forward(x) * self.temperature + self.seen.sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", float(self.current_epoch))  # the first epoch is the best
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["temperature"] = self.temperature
+
+    def on_load_checkpoint(self, checkpoint):
+        self.temperature = checkpoint["temperature"]
+        self.seen = torch.zeros_like(checkpoint["state_dict"]["seen"])
+
+
+class Compiled(ConvModule):
+    """Has a compiled layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.compile(self.head, backend="eager")
+
+    def on_load_checkpoint(self, checkpoint):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's, where a hook breaks the graph
+@pytest.mark.parametrize("module_class", [Partial, Growing, Compiled])
 def test_checkpoints_are_exported_as_their_module_loads_them(module_class, tmp_path):
     best = ModelCheckpoint(tmp_path, filename="best", monitor="val_loss")
     fit(module_class(), ModelExport(when="best"), tmp_path, best, max_epochs=2, enable_checkpointing=True)
     loaded = load_packed(tmp_path / "best.safetensors", module_class())
     with torch.no_grad():
         assert torch.equal(loaded(X), load_quantized(module_class, tmp_path / "best.ckpt").eval()(X))
+
+
+def test_what_a_module_remembers_is_that_of_the_checkpoint(tmp_path):
+    best = ModelCheckpoint(tmp_path, filename="best", monitor="val_loss")
+    fit(Remembering(), ModelExport(["torch"], when="best"), tmp_path, best, max_epochs=3, enable_checkpointing=True)
+    module = load_quantized(Remembering, tmp_path / "best.ckpt").eval()
+    assert (module.temperature, len(module.seen)) == (1.0, 1)
+    with torch.no_grad():
+        assert torch.allclose(run_program(tmp_path / "best.pt2", X), module(X), atol=1e-5)
 
 
 class Quiet(ConvModule):
@@ -424,6 +471,14 @@ def test_a_run_after_leaves_the_exports_of_one_before(tmp_path):
         fit(ConvModule(), export, tmp_path, best, max_epochs=1, enable_checkpointing=True)
         (tmp_path / fold / "best.ckpt").unlink()
     assert (tmp_path / "first" / "best.safetensors").exists()
+
+
+def test_a_run_that_goes_on_takes_exports_with_the_checkpoints_that_it_removes(tmp_path):
+    best = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="score", save_top_k=2)
+    t = fit(Scores(), ModelExport(when="best"), tmp_path, best, max_epochs=2, enable_checkpointing=True)
+    t.fit_loop.max_epochs = 6
+    t.fit(t.lightning_module, Data())
+    assert {p.stem for p in tmp_path.glob("*.safetensors")} <= {p.stem for p in tmp_path.glob("*.ckpt")}
 
 
 class Fixed(ConvModule):

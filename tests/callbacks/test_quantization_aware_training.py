@@ -719,3 +719,13 @@ def test_layers_made_while_training_are_told_once_and_quantized_by_the_next_fit(
     assert len([w for w in told if "since training began" in str(w.message)]) == 1
     trainer([qat()]).fit(module, Data())
     assert all(q.calibrated for q in module.head[1].quantizers())
+
+
+def test_a_lazy_layer_that_is_left_out_does_not_move_by_itself():
+    class Lazy(ConvModule):
+        def __init__(self):
+            super().__init__()
+            self.point = nn.LazyConv2d(8, 1)
+
+    rules = [LayerRule("point", weight_bits=None, activation_bits=None)]
+    trainer([qat(rules=rules)], num_sanity_val_steps=0).fit(Lazy(), Data())

@@ -1,5 +1,6 @@
 """The converted model computes what the quantized one computes, and is a plain model."""
 
+import abc
 import copy
 import pickle
 import threading
@@ -267,12 +268,24 @@ class OwnAttention(nn.MultiheadAttention):
     """A subclass without a forward of its own."""
 
 
-def test_an_attention_of_a_class_of_its_own():
-    model = calibrated(Only(OwnAttention(16, 2)), x16, x16, x16)
+class AbstractFirst(abc.ABC, nn.MultiheadAttention):
+    """One whose class begins with another memory layout."""
+
+
+@pytest.mark.parametrize("kind", [OwnAttention, AbstractFirst])
+def test_an_attention_of_a_class_of_its_own(kind):
+    model = calibrated(Only(kind(16, 2)), x16, x16, x16)
     plain = convert(model)
-    assert isinstance(plain.layer, OwnAttention)
+    assert isinstance(plain.layer, kind)
     for copy_of_it in (plain, copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
         assert_equal(copy_of_it(x16, x16, x16), model(x16, x16, x16))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_what_is_converted_can_be_traced():
+    model = calibrated(nn.Sequential(nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 4)), x16)
+    traced = torch.jit.trace(convert(model), x16)
+    assert_equal(traced(x16), model(x16))
 
 
 def test_a_model_without_ranges_is_refused():
