@@ -237,7 +237,6 @@ def train_quantized(
     L.seed_everything(seed, verbose=False)
     module = Classifier(deepcopy(network), setting.learning_rate, anneal=setting.anneal)
     if compiled:
-        torch.compiler.reset()  # torch compiles one function a limited number of times
         module.network.compile()
     name = f"{setting.name}-{method}-{seed}"
     csv_logger = CSVLogger(output, name="csv", version=name)
