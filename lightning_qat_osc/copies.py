@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 
 import torch
@@ -51,6 +52,10 @@ def untrained_copies(layers: Mapping[str, nn.Module], trained: Collection[str], 
     for prefix, network in networks.items():
         if is_trained[prefix]:
             continue
+        parts = prefix.split(".")
+        around = (networks[".".join(parts[:i])] for i in range(1, len(parts)) if not is_trained[".".join(parts[:i])])
+        if not near and any(len(other) > len(network) for other in around):
+            continue  # a part of a network in which nothing is trained, as the attention in a frozen encoder
         structure = _structure(network)
         candidates = [
             (f"{original}.", networks[original])
@@ -73,8 +78,9 @@ def _structure(network: Network) -> object:
 
 
 def _in_one_container(one: str, other: str) -> bool:
-    """Whether two names part at numbers."""
-    return next((a.isdigit() and b.isdigit() for a, b in zip(one.split("."), other.split(".")) if a != b), False)
+    """Whether two names part at numbers, as blocks.0 and blocks.1 do, or block1 and block2."""
+    parting = next(((a, b) for a, b in zip(one.split("."), other.split(".")) if a != b), ("", ""))
+    return len({re.sub(r"\d+", "0", name) for name in parting}) == 1
 
 
 def _are_near(one: Network, other: Network) -> bool:

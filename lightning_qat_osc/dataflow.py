@@ -48,6 +48,14 @@ def _hands_over(func: Any, function: str) -> bool:
     return function in ("detach", "copy_", "grad", "backward") or attribute in ("data", "grad")
 
 
+def _address(x: Tensor) -> int:
+    """Where a tensor's values begin; 0 where they have no one place: sparse, nested, sharded, within torch.func."""
+    try:
+        return 0 if is_sharded(x) else x.data_ptr()
+    except RuntimeError:
+        return 0
+
+
 def _share_memory(x: object, other: Tensor) -> bool:
     if not isinstance(x, Tensor) or is_sharded(x) or is_sharded(other):
         return x is other
@@ -83,7 +91,7 @@ class WatchesWeights(TorchFunctionMode):
         super().__init__()
         self._running = running
         self._weights = {id(w): name for w, name in weights.items()}
-        self._in_memory = {w.untyped_storage().data_ptr(): name for w, name in weights.items() if not is_sharded(w)}
+        self._addresses = [(start, start + w.nbytes, name) for w, name in weights.items() if (start := _address(w))]
         self.read_outside: dict[str, str] = {}
         self.changed_inside: dict[str, str] = {}
         self.changed_unseen: dict[str, str] = {}
@@ -120,9 +128,10 @@ class WatchesWeights(TorchFunctionMode):
         """The name of the weight that an argument is, or, for what networks compute with, that it was detached from."""
         if isinstance(x, nn.Parameter):
             return self._weights.get(id(x))
-        if is_sharded(x) or not (function in _PRODUCTS.split() or _LAYER_FUNCTION.search(function)):
+        if function not in _PRODUCTS.split() and not _LAYER_FUNCTION.search(function):
             return None
-        return self._in_memory.get(x.untyped_storage().data_ptr())
+        address = _address(x)
+        return next((name for start, end, name in self._addresses if start <= address < end), None)
 
     def _quantized_weights(self) -> list[tuple[Tensor, str]]:
         """What stands for the weights of the layer whose forward runs, and its name."""

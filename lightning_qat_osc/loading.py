@@ -10,6 +10,7 @@ from os import PathLike
 from typing import Any, TypeVar, cast
 
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_qat_osc.config import QuantConfig
 from lightning_qat_osc.files import read_tensors
@@ -127,7 +128,7 @@ def load_with_arguments(
     return module
 
 
-def rename_state(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+def rename_state(module: nn.Module, checkpoint: dict[str, Any], *, with_values: bool = False) -> None:
     """Do what the module's ``on_load_checkpoint`` does, but for the layers that it makes.
 
     The module has these already, and with quantizers: so one like it is asked, and the rest is taken over.
@@ -135,15 +136,20 @@ def rename_state(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     Args:
         module: A LightningModule.
         checkpoint: The checkpoint, which is changed.
+        with_values: Take over what it sets in the module besides: numbers, tensors and the like, and nothing that holds
+            layers.
     """
     hook = "on_load_checkpoint"
     lightnings = [base for base in type(module).__mro__ if hook in vars(base)][-1]
     if getattr(getattr(module, hook), "__func__", None) is not vars(lightnings)[hook]:
         twins: dict[nn.Module, nn.Module] = {}
         cast(Any, _twin(module, twins)).on_load_checkpoint(checkpoint)
-        for original, twin in twins.items():  # values that it keeps in checkpoints, but for the layers
-            modules = original._modules
-            vars(original).update(vars(twin), _modules=modules)
+        for original, twin in twins.items() if with_values else ():
+            vars(original).update({k: v for k, v in vars(twin).items() if k != "_modules" and not _holds_layers(v)})
+
+
+def _holds_layers(value: Any) -> bool:
+    return any(callable(x) for x in tree_leaves(list(value) if isinstance(value, set) else value))
 
 
 def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -233,11 +233,12 @@ def _make_class(layer_class: Any) -> type[nn.Module]:
     return type(f"Quantized{layer_class.__name__}", bases, attributes)
 
 
-def _reset_parameters(layer: QuantizedLayer) -> None:
+def _reset_parameters(layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Any:
     """Draw the weights anew, as between folds of a cross-validation: ranges and histories are those of others then."""
-    cast(Any, layer.float_class).reset_parameters(layer)
+    returned = cast(Any, layer.float_class).reset_parameters(layer, *args, **kwargs)
     for quantizer in layer.quantizers():
         quantizer.stale = True
+    return returned
 
 
 def _substitutable(name: str, computed: property) -> property:

@@ -26,7 +26,7 @@ def hold_scales(module: nn.Module) -> None:
 
 
 def release_scales(module: nn.Module) -> None:
-    """End that. A layer that has been frozen since, as by ``module.freeze()``, keeps its scales as they are.
+    """End that. A layer that was trained and is frozen now, as by ``module.freeze()``, keeps its scales as they are.
 
     Args:
         module: A quantized model.

@@ -295,9 +295,8 @@ def _insert(layer: nn.Module, config: QuantConfig, bits: LayerBits, shared: dict
     layer.__class__ = quantized_class(type(layer))
     assert isinstance(layer, QuantizedLayer)
     weights: dict[str, WeightQuantizer] = {}
-    for parameter in kind.weights(layer):
-        if bits.weight is None:
-            break
+    for parameter in () if bits.weight is None else kind.weights(layer):
+        assert bits.weight is not None
         weight = latent_weight(layer, parameter)
         weights[parameter] = shared.get(weight) or WeightQuantizer(
             bits.weight,

@@ -273,6 +273,8 @@ def test_a_weight_that_is_changed_past_autograd_is_not_recomputed(kind, fits):
         (lambda x, w: nn.functional.linear(x, w.detach()), True),
         (lambda x, w: x @ w.data.t(), True),
         (lambda x, w: x + w.detach().norm(), False),
+        (lambda x, w: torch.eye(8).to_sparse() @ x, False),
+        (lambda x, w: torch.func.vmap(torch.dot)(x, x), False),
         (lambda x, w: x.type_as(w), False),
         (lambda x, w: x + w.new_zeros(4), False),
         (lambda x, w: x + torch.zeros_like(w[0].detach()), True),

@@ -274,3 +274,15 @@ def test_figures_are_of_the_weights_that_are_trained():
         logged.append({k: v.item() for k, v in t.callback_metrics.items() if k.startswith("oscillation/")})
     assert logged[0] == logged[1] == logged[2]
     assert logged[0]["oscillation/dampening_loss"] > 0.0
+
+
+@pytest.mark.parametrize(("frozen", "trained"), [("encoder", "decoder"), ("block1", "block2")])
+def test_frozen_parts_that_look_like_trained_ones_learn_their_scales(frozen, trained):
+    def attention_and_more(*more):
+        return nn.ModuleDict({"attention": network(), "feed_forward": network(), **dict(more)})
+
+    more = [("cross", network())] if trained == "decoder" else []
+    module = nn.ModuleDict({frozen: attention_and_more(), trained: attention_and_more(*more)})
+    module[frozen].requires_grad_(False)
+    quantize_model(module, QuantConfig(4, 4))
+    assert all(q.scale.requires_grad for q in quantizers(module))

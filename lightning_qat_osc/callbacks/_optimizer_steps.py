@@ -76,6 +76,8 @@ class OptimizerStepHooks:
         new = optimizer not in self._hooked
         if new:
             self._hook()
+        if (callback, optimizer) in self._begun:  # for a step that a gradient scaler has skipped
+            self._end(optimizer)
         if not any(begun is optimizer for _, begun in self._begun):
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self._about_to_move[optimizer] = [(p, p._version) for p in parameters]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -41,12 +42,14 @@ class TracksOscillation(pl.Callback):
         self.max_bits = max_bits
         self._momentum = 0.0  # the one in force
         self._leads = False
+        self._restored = False  # with weights and histories of one moment
         self._step_hooks: OptimizerStepHooks
         self._weights: OptimizerWeights
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Agree with the other callbacks on the momentum, and on who advances the states."""
         self._step_hooks = require_quantization(trainer, self).step_hooks
+        self._restored &= stage != "fit"
         require_one(trainer, self)
         sharing = [c for c in trainer.callbacks if isinstance(c, TracksOscillation)]  # type: ignore[attr-defined]
         for what in ("momentum", "max_bits"):
@@ -60,6 +63,12 @@ class TracksOscillation(pl.Callback):
         self._momentum = momenta[0] if momenta else 0.01
         self._leads = next((c for c in sharing if isinstance(c, HoldsFrozenWeights)), sharing[0]) is self
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with the histories of a run that is resumed, whatever moves weights after its steps."""
+        self._restored = trainer.state.fn == "fit"
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hook the optimizers, and begin the history of every weight that has none or is not where it ended."""
         self._weights = OptimizerWeights(pl_module, self.max_bits)
@@ -71,7 +80,7 @@ class TracksOscillation(pl.Callback):
         self._step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module), after_step)
         for _, weight, quantizer in quantized_weights(pl_module, self.max_bits):
             quantizer.start_tracking(weight)
-        for _, weight, quantizer in trained_weights(trainer, pl_module, self.max_bits):
+        for _, weight, quantizer in () if self._restored else trained_weights(trainer, pl_module, self.max_bits):
             quantizer.start_tracking(weight).forget_where_moved(quantizer.to_int(weight.detach()))
         if self._leads:
             warn_if_nothing_oscillates(pl_module, self.max_bits, self._verb)

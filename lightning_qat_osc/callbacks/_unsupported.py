@@ -23,6 +23,7 @@ __all__ = [
     "check_callbacks",
     "check_layers",
     "check_strategy",
+    "refuse_late_layers",
     "warn_of_copied_process",
     "warn_of_late_layers",
     "warn_of_teachers",
@@ -83,12 +84,7 @@ def check_layers(pl_module: pl.LightningModule, config: QuantConfig) -> None:
     Raises:
         MisconfigurationException: If it is one.
     """
-    missing = unquantized_layers(pl_module, config)
-    if missing:
-        raise MisconfigurationException(
-            f"layers {', '.join(missing[:5])} have no quantizers, because they were made after Callback.setup: "
-            "call lightning_qat_osc.quantize_model(self, QuantConfig(...)) at the end of configure_model."
-        )
+    refuse_late_layers(unquantized_layers(pl_module, config))
     if not quantized_layers(pl_module):
         left_out = bool(quantizable_layers(pl_module))
         raise MisconfigurationException(
@@ -123,6 +119,19 @@ def warn_of_copied_process(trainer: pl.Trainer, pl_module: pl.LightningModule) -
             "Training runs in copies of the process, and gives the latent weights back to a module without "
             "quantizers. To have it back quantized, call lightning_qat_osc.quantize_model(module, config) with "
             "this callback's config before fit, or load a checkpoint with lightning_qat_osc.load_quantized."
+        )
+
+
+def refuse_late_layers(names: list[str]) -> None:
+    """Refuse layers that training begins with, and that have come too late to be quantized.
+
+    Raises:
+        MisconfigurationException: If there are any.
+    """
+    if names:
+        raise MisconfigurationException(
+            f"layers {', '.join(names[:5])} have no quantizers, because they were made after Callback.setup: "
+            "call lightning_qat_osc.quantize_model(self, QuantConfig(...)) at the end of configure_model."
         )
 
 

@@ -265,7 +265,7 @@ class ModelExport(pl.Callback):
             # the file, not the model: that may have moved on, and an averaged one is not in it now
             # written by this run, so whatever hyperparameters are in it, it is trusted
             checkpoint = torch.load(best[0], map_location="cpu", weights_only=False)
-            rename_state(module, checkpoint)
+            rename_state(module, checkpoint, with_values=True)
             module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
             self._files[best[0]] = self._beside(best[0])
             self._export(self._network(module), self._files[best[0]])

@@ -30,6 +30,7 @@ from lightning_qat_osc.callbacks._unsupported import (
     check_callbacks,
     check_layers,
     check_strategy,
+    refuse_late_layers,
     warn_of_copied_process,
     warn_of_late_layers,
     warn_of_teachers,
@@ -232,7 +233,9 @@ class QuantizationAwareTraining(pl.Callback):
         self.step_hooks.attach(trainer, scale_parameters(pl_module))
         self.step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module), self._after_step)
         release_scales(pl_module)
-        check_layers(pl_module, self.config)  # the module's own on_fit_start came after ours
+        # made in the module's own on_fit_start, after ours; but for a loss network there
+        late = unquantized_layers(pl_module, self.config)
+        refuse_late_layers([n for n in late if any(p.requires_grad for p in pl_module.get_submodule(n).parameters())])
         _begin_anew_where_stale(pl_module)
         self._check_bits(pl_module)
         release_frozen_weights(trainer, pl_module)

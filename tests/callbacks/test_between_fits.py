@@ -1,5 +1,6 @@
 """What a module carries from one fit into another, and what it must not."""
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -9,9 +10,11 @@ from torch import nn
 from lightning_qat_osc import (
     IterativeFreezing,
     OscillationTracking,
+    QuantConfig,
     QuantizationAwareTraining,
     load_quantized,
     oscillation_states,
+    quantize_model,
 )
 from lightning_qat_osc.lookup import quantized_layers, quantized_weights, quantizers, scale_parameters
 
@@ -148,3 +151,38 @@ def test_weights_that_have_grown(granularity):
             again.fit(module, Data())
     else:
         again.fit(module, Data())
+
+
+def test_layers_that_are_drawn_anew_with_arguments():
+    class Gained(nn.Linear):
+        def reset_parameters(self, gain=1.0):
+            nn.init.constant_(self.weight, gain)
+            return self
+
+    layer = quantize_model(nn.Sequential(nn.Linear(4, 4), Gained(4, 4)), QuantConfig(3, 3))[1]
+    assert layer.reset_parameters(gain=2.0) is layer
+    assert bool((layer.weight == 2.0).all())
+
+
+class Moving(ConvModule):
+    """Moves its weights behind each step, too."""
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            self.point.weight.neg_()
+
+
+def test_weights_that_are_moved_behind_each_step_are_resumed_as_they_were(tmp_path):
+    class Save(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    whole, resumed = Moving(lr=0.3), Moving(lr=0.3)
+    kwargs = {"max_epochs": 6, "limit_val_batches": 0}  # ahead of a validation frozen weights are put back
+    trainer([*callbacks(), Save()], **kwargs).fit(whole, Data())
+    assert any(s.frozen.any() for s in oscillation_states(whole).values())
+    trainer(callbacks(), **kwargs).fit(resumed, Data(), ckpt_path=tmp_path / "half.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name

@@ -2,7 +2,9 @@
 
 import copy
 from collections import OrderedDict, defaultdict
+from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_qat_osc import IterativeFreezing, OscillationTracking, QuantizationAwareTraining, oscillation_states
 from lightning_qat_osc.callbacks import oscillation_tracking
+from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
 from lightning_qat_osc.lookup import quantized_weights, scale_parameters
 
 
@@ -292,3 +295,18 @@ def test_a_step_whose_gradients_were_dropped_moves_nothing(guard):
     assert any(s.frequency.any() for s in oscillation_states(guarded).values())
     for name, value in guarded.state_dict().items():
         assert torch.equal(value, skipping.state_dict()[name]), name
+
+
+def test_a_step_that_was_skipped_leaves_nothing_for_the_next():
+    one, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.SGD([one, other], lr=0.1)
+    hooks, callback, steps = OptimizerStepHooks(), L.Callback(), []
+    hooks.attach(SimpleNamespace(optimizers=[optimizer], fit_loop=SimpleNamespace(total_batch_idx=0)), [])
+    hooks.add(callback, lambda _: None, steps.append)
+    one.grad = torch.ones(2)
+    hooks.begin(callback, optimizer)
+    one.grad, other.grad = None, torch.ones(2)  # a gradient scaler has skipped the step
+    hooks.begin(callback, optimizer)
+    optimizer.step()
+    assert steps == [optimizer]
+    hooks.detach()

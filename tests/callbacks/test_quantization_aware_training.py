@@ -711,6 +711,16 @@ def test_layers_made_by_the_modules_own_on_fit_start_are_refused():
         trainer([qat()]).fit(Growing("on_fit_start"), Data())
 
 
+@pytest.mark.filterwarnings("ignore:.*loss_network.*not trained")
+def test_a_loss_network_made_by_the_modules_own_on_fit_start_is_told():
+    class WithLoss(ConvModule):
+        def on_fit_start(self):
+            self.loss_network = nn.Linear(3, 3).requires_grad_(False)
+
+    with pytest.warns(UserWarning, match="loss_network have been made since training began"):
+        trainer([qat()]).fit(WithLoss(), Data())
+
+
 @pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start", "on_train_epoch_end"])
 def test_layers_made_while_training_are_told_once_and_quantized_by_the_next_fit(hook):
     module = Growing(hook)
