@@ -22,10 +22,10 @@ class OptimizerStepHooks:
 
     They are not called for micro-batches that only accumulate gradients, nor, after the step, where a gradient scaler
     skips it or it moves nothing, as where a guard against NaN has dropped the gradients; they are under manual
-    optimization, and for each of several optimizers. Before a step Lightning's
-    ``on_before_optimizer_step`` comes first, ahead of clipping, and a callback says so with :meth:`begin`. Optimizers
-    that a module takes without Lightning's wrapper know no such hook: their own then makes up for it. Steps of other
-    optimizers than the Trainer's, which nobody would hear of, are refused where they move scales.
+    optimization, and for each of several optimizers. Before a step Lightning's ``on_before_optimizer_step`` comes
+    first, ahead of clipping, and a callback says so with :meth:`begin`. Optimizers that a module takes without
+    Lightning's wrapper know no such hook: their own then makes up for it. Steps of other optimizers than the Trainer's,
+    which nobody would hear of, are refused where they move scales.
     """
 
     def __init__(self) -> None:

@@ -364,16 +364,16 @@ class QuantizationAwareTraining(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the optimizers. Weights that were exchanged within a run were its own affair."""
         if stage == "fit":  # and no evaluation by another Trainer inside of one
-            self._release(pl_module)
+            self._end_fit(pl_module)
         _forget_what_was_loaded(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Let go of the optimizers and of the layers."""
         if trainer.state.fn == "fit":
-            self._release(pl_module)
+            self._end_fit(pl_module)
         _forget_what_was_loaded(pl_module)
 
-    def _release(self, pl_module: pl.LightningModule) -> None:
+    def _end_fit(self, pl_module: pl.LightningModule) -> None:
         hold_scales(pl_module)  # a fit without this callback would move them like any parameter
         self.step_hooks.detach()
         if self._watched is not None:
