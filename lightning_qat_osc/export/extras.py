@@ -13,11 +13,11 @@ _PACKAGES = {
     "onnx": ("onnx", "onnx_ir", "onnxscript", "ml_dtypes"),
     "torchao": ("torchao",),
 }
-_TORCH_FOR_ONNX = "2.9"
+_TORCH = {"onnx": "2.9", "torchao": "2.10"}  # what torch exports can be trusted from, what torchao 0.18 imports in
 
 
 def require_extra(extra: str, what: str) -> None:
-    """Insist on the packages of one of the project's extras, and for ONNX on a torch whose export can be trusted.
+    """Insist on the packages of one of the project's extras, and on a torch that is new enough for it.
 
     Args:
         extra: Name of the extra.
@@ -29,5 +29,5 @@ def require_extra(extra: str, what: str) -> None:
     missing = [package for package in _PACKAGES[extra] if find_spec(package) is None]
     if missing:
         raise ImportError(f'{what} needs {", ".join(missing)}: pip install "lightning-qat-osc[{extra}]"')
-    if extra == "onnx" and torch.__version__ < _TORCH_FOR_ONNX:
-        raise ImportError(f"{what} needs torch {_TORCH_FOR_ONNX} or later, got torch {torch.__version__}")
+    if extra in _TORCH and torch.__version__ < _TORCH[extra]:
+        raise ImportError(f"{what} needs torch {_TORCH[extra]} or later, got torch {torch.__version__}")
