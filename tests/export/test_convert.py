@@ -281,7 +281,7 @@ def test_an_attention_of_a_class_of_its_own(kind):
         assert_equal(copy_of_it(x16, x16, x16), model(x16, x16, x16))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 def test_what_is_converted_can_be_traced():
     model = calibrated(nn.Sequential(nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 4)), x16)
     traced = torch.jit.trace(convert(model), x16)
