@@ -12,7 +12,7 @@ from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, get_args
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -35,7 +35,13 @@ __all__ = ["main"]
 
 _SHOWN = 8  # values of an output
 _TOLD = (
-    *(ValueError, TypeError, RuntimeError, ImportError, AttributeError, OSError, UnpicklingError),
+    ValueError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    AttributeError,
+    OSError,
+    UnpicklingError,
     argparse.ArgumentError,  # of modules that LightningCLI has made
 )
 
@@ -241,6 +247,9 @@ def _exported_outputs(
         return {OUTPUT: _run_onnx(path, args, kwargs)}
     if path.suffix == ".pt2":
         register_operators()
+        with path.open("rb") as file:
+            if not is_zipfile(file):  # of which torch would tell by itself, too
+                raise ValueError(f"{path} cannot be read: it is damaged, or none that torch.export has saved")
         try:
             program = torch.export.load(path)
         except (BadZipFile, RuntimeError, ValueError) as error:

@@ -29,7 +29,7 @@ def untrained_copies(layers: Mapping[str, nn.Module], trained: Collection[str], 
     Args:
         layers: The layers of a model, by name.
         trained: Names of those with parameters that are trained.
-        near: Compare weights, too.
+        near: Compare weights, which are somewhere. False: go by structure, for whole networks and no parts of them.
 
     Returns:
         Name of a layer of a copy -> name of the layer in the original.
@@ -85,7 +85,7 @@ def _in_one_container(one: str, other: str) -> bool:
 
 def _are_near(one: Network, other: Network) -> bool:
     return all(
-        bool(torch.dist(p.detach(), q.detach()) <= _NEAR * q.detach().norm())
+        not p.is_meta and bool(torch.dist(p.detach(), q.detach()) <= _NEAR * q.detach().norm())
         for name, layer in one.items()
         for p, q in zip(layer.parameters(), other[name].parameters())
         if p.dim() > 1

@@ -23,6 +23,7 @@ _VIEWS = (
     "t view view_as reshape reshape_as flatten unflatten permute transpose swapaxes movedim squeeze unsqueeze expand "
     "expand_as broadcast_to narrow select as_strided split chunk unbind cat stack pad flip roll repeat __getitem__"
 )
+_MULTIPLIES = frozenset(_PRODUCTS.split())
 _KEEPS_THE_GRID = frozenset(f"{_PRODUCTS} {_CASTS} {_VIEWS}".split())
 
 _IN_PLACE = re.compile(
@@ -128,7 +129,7 @@ class WatchesWeights(TorchFunctionMode):
         """The name of the weight that an argument is, or, for what networks compute with, that it was detached from."""
         if isinstance(x, nn.Parameter):
             return self._weights.get(id(x))
-        if function not in _PRODUCTS.split() and not _LAYER_FUNCTION.search(function):
+        if function not in _MULTIPLIES and not _LAYER_FUNCTION.search(function):
             return None
         address = _address(x)
         return next((name for start, end, name in self._addresses if start <= address < end), None)

@@ -20,7 +20,6 @@ __all__ = [
     "LayerKind",
     "calling_class",
     "calling_forward",
-    "in_order",
     "input_names",
     "keep_off_fused_path",
     "kind_names",
@@ -222,11 +221,6 @@ def calling_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     return calling if layer_class is calling.__base__ else _make_calling(cast(Any, layer_class))
 
 
-def in_order(layer_class: type[nn.Module], calling: type[nn.Module]) -> list[type[nn.Module]]:
-    """The bases of a class with a layer's memory layout, also where its class begins with an abstract one."""
-    return [calling, layer_class] if issubclass(calling, layer_class) else [layer_class, calling]
-
-
 @cache
 def _make_calling(layer_class: Any) -> type[nn.Module]:
     def reduce(layer: Any, protocol: Any) -> tuple[Any, ...]:
@@ -240,7 +234,7 @@ def _make_calling(layer_class: Any) -> type[nn.Module]:
         "__reduce_ex__": reduce,
         "forward": calling.forward,
     }
-    return type(layer_class.__name__, (layer_class, calling), attributes)
+    return type(layer_class.__name__, (layer_class, calling), attributes)  # in the memory layout of the first
 
 
 def _new_calling(layer_class: type[nn.Module]) -> nn.Module:

@@ -129,9 +129,9 @@ def load_with_arguments(
 
 
 def rename_state(module: nn.Module, checkpoint: dict[str, Any], *, with_values: bool = False) -> None:
-    """Do what the module's ``on_load_checkpoint`` does, but for the layers that it makes.
+    """Do to a checkpoint what the module's ``on_load_checkpoint`` does to it, and no more to the module than is asked.
 
-    The module has these already, and with quantizers: so one like it is asked, and the rest is taken over.
+    That may make layers in it, which it has already, and with quantizers: so one like it is called.
 
     Args:
         module: A LightningModule.
@@ -149,6 +149,7 @@ def rename_state(module: nn.Module, checkpoint: dict[str, Any], *, with_values: 
 
 
 def _holds_layers(value: Any) -> bool:
+    """Whether a value is or holds something that is called: the layers of the one that was asked, if any."""
     return any(callable(x) for x in tree_leaves(list(value) if isinstance(value, set) else value))
 
 

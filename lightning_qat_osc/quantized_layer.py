@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_qat_osc.arguments import with_quantized_arguments
 from lightning_qat_osc.config import QuantConfig
 from lightning_qat_osc.functional import fake_quantize_pair
-from lightning_qat_osc.layers import calling_forward, in_order, weight_names, written_parameter
+from lightning_qat_osc.layers import calling_class, weight_names, written_parameter
 from lightning_qat_osc.modes import evaluating
 from lightning_qat_osc.quantizers import InputQuantizer, Quantizer, WeightQuantizer
 from lightning_qat_osc.recomputation import Recipe, recomputed
@@ -213,15 +213,14 @@ def quantized_class(layer_class: type[nn.Module]) -> type[nn.Module]:
 @cache
 def _make_class(layer_class: Any) -> type[nn.Module]:
     # behind the layer's class, so that instances have its layout; what is to come before its own is set here
-    calling = calling_forward(layer_class)
-    bases = (*([layer_class] if calling is None else in_order(layer_class, calling)), QuantizedLayer)
+    bases = (calling_class(layer_class), QuantizedLayer)
     attributes = {
         "__module__": layer_class.__module__,
         "__doc__": layer_class.__doc__,
         "__reduce_ex__": QuantizedLayer.__reduce_ex__,
         "_load_from_state_dict": QuantizedLayer._load_from_state_dict,
         "float_class": layer_class,
-        "float_forward": (calling or layer_class).forward,
+        "float_forward": bases[0].forward,
         "forward": QuantizedLayer.forward,
     }
     if hasattr(layer_class, "reset_parameters"):

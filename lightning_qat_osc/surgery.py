@@ -126,8 +126,9 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
 def _leave_scales_of_copies(layers: dict[str, nn.Module], new: dict[str, nn.Module]) -> None:
     """Scales of an average or another copy of the network are moved by whoever moves its weights: DDP need not wait."""
     trained = [name for name, layer in layers.items() if any(p.requires_grad for p in own_parameters(layer))]
-    # by structure alone: weights may be on the meta device, and a resumed run's optimizers need the same scales
-    for name in untrained_copies(layers, trained, near=False).keys() & new.keys():
+    # whole networks by structure: a resumed run's optimizers need the same scales, however far weights have moved
+    copies = untrained_copies(layers, trained) | untrained_copies(layers, trained, near=False)
+    for name in copies.keys() & new.keys():
         layer = new[name]
         assert isinstance(layer, QuantizedLayer)
         for quantizer in layer.quantizers():

@@ -286,3 +286,12 @@ def test_frozen_parts_that_look_like_trained_ones_learn_their_scales(frozen, tra
     module[frozen].requires_grad_(False)
     quantize_model(module, QuantConfig(4, 4))
     assert all(q.scale.requires_grad for q in quantizers(module))
+
+
+def test_a_target_of_parts_of_the_network_is_a_copy():
+    online = nn.ModuleDict({name: network() for name in ("encoder", "projector", "predictor")})
+    target = nn.ModuleDict({name: copy.deepcopy(online[name]) for name in ("encoder", "projector")})
+    module = nn.ModuleDict({"online": online, "target": target.requires_grad_(False)})
+    quantize_model(module, QuantConfig(4, 4))
+    assert all(q.scale.requires_grad for q in quantizers(online))
+    assert not any(q.scale.requires_grad for q in quantizers(target))
