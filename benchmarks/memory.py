@@ -1,7 +1,7 @@
 """Peak memory of a training step, from the allocator's events, and bytes of oscillation state.
 
-``python benchmarks/memory.py`` prints a table for each network, in MiB: what a step allocates at its peak, the same
-with what is kept from step to step (parameters, momentum, oscillation state), and the ratio of this to full precision.
+``python benchmarks/memory.py`` prints a table for each network, in MiB: the peak of what a step allocates, the same
+plus what is kept between steps (parameters, momentum, oscillation state), and the ratio of this to full precision.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_qat_osc import oscillation_states
 
 
 class Peak(L.Callback):
-    """The peak of what one step allocates."""
+    """Measures the peak of what one step allocates."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -32,13 +32,13 @@ class Peak(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin with the fourth step."""
+        """Start the profiler at the fourth step."""
         if batch_idx == 3:
             self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self.profiler.__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Read the events of the fourth."""
+        """Read the memory events of the fourth step."""
         if args[-1] == 3:
             self.profiler.__exit__(None, None, None)
             now = 0
@@ -49,7 +49,7 @@ class Peak(L.Callback):
 
 
 def measure(workload: Workload) -> str:
-    """A table of one network."""
+    """Return the table of one network."""
     batch = workload.batch()
 
     def compiled() -> nn.Module:

@@ -1,4 +1,4 @@
-"""The networks that are measured, and the batch that each is trained on."""
+"""The measured networks, and the batch that each is trained on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Workload:
     """A network to train.
 
     Attributes:
-        name: What it is called in tables.
-        network: Makes it: a batch in, logits of 10 classes out.
-        batch: Makes a batch of inputs.
-        learning_rate: Of SGD with momentum 0.9.
+        name: Name in tables.
+        network: Creates the network, which maps a batch to logits of 10 classes.
+        batch: Creates a batch of inputs.
+        learning_rate: Learning rate of SGD with momentum 0.9.
     """
 
     name: str
@@ -32,7 +32,7 @@ def _conv_bn(channels_in: int, channels_out: int, kernel: int, stride: int = 1, 
 
 
 class _Layers(nn.Sequential):
-    """Layers one after the other; in a Sequential of torch's own, torch.compile sees a graph for each of them."""
+    """Layers in sequence. With torch's own Sequential, torch.compile would see one graph per layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self:
@@ -41,7 +41,7 @@ class _Layers(nn.Sequential):
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block: expand, filter depthwise, project; a residual where the shapes allow."""
+    """MobileNetV2's block: expansion, depthwise convolution, projection; a residual if the shapes allow it."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class InvertedResidual(nn.Module):
 
 
 def conv_net() -> nn.Module:
-    """A MobileNetV2 of 48 thousand parameters for images of 28x28 pixels, 18 quantized layers."""
+    """Return a MobileNetV2 for images of 28x28 pixels, with 48 thousand parameters and 18 quantized layers."""
     return _Layers(
         *_conv_bn(1, 16, 3),
         nn.ReLU6(),
@@ -98,7 +98,7 @@ class VisionTransformer(nn.Module):
 
 
 def stack(millions: int = 25, width: int = 1024) -> nn.Sequential:
-    """Linear layers of about a million weights each, one of 10 outputs behind them."""
+    """Return linear layers, by default of about a million weights each, followed by one with 10 outputs."""
     layers = [module for _ in range(millions) for module in (nn.Linear(width, width), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(width, 10))
 

@@ -1,4 +1,4 @@
-"""Peers' fake-quantized W4A4 networks, per tensor, for the same training loop. Needs torchao and brevitas."""
+"""Fake-quantized W4A4 networks of peers, per tensor, for the same training loop. Needs torchao and brevitas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def brevitas(network: nn.Module, batch: Tensor) -> nn.Module:
-    """Brevitas: LSQ-like learned activation scales, weight scales from statistics."""
+    """Quantize with Brevitas: LSQ-like learned activation scales, weight scales from statistics."""
     import brevitas.nn as qnn
     from brevitas.graph.calibrate import finalize_collect_stats
     from brevitas.graph.quantize import layerwise_quantize
@@ -30,7 +30,7 @@ def brevitas(network: nn.Module, batch: Tensor) -> nn.Module:
 
 
 def torchao(network: nn.Module, batch: Tensor) -> nn.Module:
-    """PT2E of torchao: moving averages of minimum and maximum."""
+    """Quantize with PT2E of torchao: moving averages of minimum and maximum."""
     from torchao.quantization.pt2e import allow_exported_model_train_eval
     from torchao.quantization.pt2e.fake_quantize import FusedMovingAvgObsFakeQuantize
     from torchao.quantization.pt2e.observer import MovingAverageMinMaxObserver

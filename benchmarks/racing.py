@@ -1,4 +1,4 @@
-"""Interleaved measurements: every contender takes its turn in each round, so that all meet the same machine."""
+"""Interleaved measurements: all contenders take turns in each round, so that the machine's state affects all alike."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 
 @dataclass(frozen=True)
 class Result:
-    """What one contender took.
+    """The times of one contender.
 
     Attributes:
-        name: Of the contender.
-        times: Seconds, one for each round.
+        name: Name of the contender.
+        times: Seconds in each round.
     """
 
     name: str
@@ -31,17 +31,17 @@ class Result:
         return statistics.median(self.times)
 
     def ratio(self, other: Result) -> float:
-        """Median of the ratios to another contender's time in the same round."""
+        """Return the median of the ratios to another contender's time in the same round."""
         return statistics.median(a / b for a, b in zip(self.times, other.times))
 
 
 def race(contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> list[Result]:
-    """Let contenders take turns.
+    """Let contenders take turns, and return their times.
 
     Args:
-        contenders: Name -> a function that does the work once and returns the seconds that count.
-        rounds: Rounds that count.
-        warmup: Rounds before them that do not.
+        contenders: Name -> a function that does the work once and returns the seconds to count.
+        rounds: Number of rounds that count.
+        warmup: Number of rounds before these, which do not count.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warmup + rounds):
@@ -53,7 +53,7 @@ def race(contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int
 
 
 def timed(function: Callable[[], object]) -> Callable[[], float]:
-    """A contender from a function whose whole time counts."""
+    """Return a contender that counts the whole time of a function."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -67,23 +67,23 @@ _KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": 
 
 
 def keep_memory() -> None:
-    """Start the script anew, once, in a process that returns no memory to the operating system.
+    """Restart the script once, in a process that returns no memory to the operating system.
 
-    By default glibc returns what is free behind the last thing in use, for every step to have it handed out anew, page
-    by page, and large tensors always. What that costs a contender depends on what others have left where.
+    By default, glibc returns free memory at the top of the heap, and the memory of large tensors always, so that each
+    step gets it again page by page. The cost for a contender depends on the heap that other contenders left behind.
     """
     if any(os.environ.get(name) != value for name, value in _KEPT_MEMORY.items()):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **_KEPT_MEMORY})
 
 
 def machine() -> str:
-    """The machine and the versions, in one line."""
+    """Return the machine, the number of threads and the torch version, in one line."""
     threads = torch.get_num_threads()
     return f"{platform.machine()}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
 
 
 def table(title: str, results: list[Result], unit: float = 1e-3) -> str:
-    """A Markdown table of a race: median, spread and ratio to the first contender."""
+    """Return a Markdown table of a race: median, spread and ratio to the first contender."""
     name = {1e-3: "ms", 1.0: "s"}[unit]
     lines = [f"| {title} | median {name} | fastest to slowest | ratio |", "|---|---|---|---|"]
     lines += [

@@ -1,4 +1,4 @@
-"""Time to insert quantizers into 25 million weights and to initialise their ranges, for each method and granularity.
+"""Time to insert quantizers for 25 million weights and to initialize their ranges, by method and granularity.
 
 ``python benchmarks/range_initialisation.py`` prints medians of interleaved runs, and ratios to one read of the weights.
 """
@@ -18,7 +18,7 @@ from lightning_qat_osc.surgery import quantize_model
 
 
 def stack(millions: int) -> nn.Sequential:
-    """Linear layers of 1024 x 1024 weights, about a million each."""
+    """Return linear layers of 1024 x 1024 weights, about a million each."""
     return nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(millions)))
 
 

@@ -1,4 +1,4 @@
-"""Batch-norm re-estimation, against the same forward passes with batch statistics and nothing collected.
+"""Batch-norm re-estimation, against the same forward passes with batch statistics but without collecting them.
 
 ``python benchmarks/reestimation.py`` prints a table for the conv net.
 """

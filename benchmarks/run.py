@@ -1,6 +1,6 @@
-"""Run every benchmark of a training step, and write what they print into docs/performance.md.
+"""Run all benchmarks of training, and write their output into docs/performance.md.
 
-``python benchmarks/run.py`` takes half an hour to an hour on two cores; peers need ``pip install torchao brevitas``.
+``python benchmarks/run.py`` takes 30 to 60 minutes on two cores; the peers need ``pip install torchao brevitas``.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ SCRIPTS = {
 
 
 def output(script: str) -> str:
-    """What a script prints."""
+    """Return the output of a script."""
     run = subprocess.run([sys.executable, HERE / f"{script}.py"], stdout=subprocess.PIPE, text=True, check=True)
     return "\n".join(line for line in run.stdout.splitlines() if not line.startswith("USDT"))
 
 
 def main() -> None:
-    """Run them all; the page has what is done so far."""
+    """Run all benchmarks, and update the page after each of them."""
     sections: list[str] = []
     for script, title in SCRIPTS.items():
         print(title, flush=True)

@@ -1,8 +1,8 @@
-"""A training step with every callback of it, against the full-precision step and peers' bare fake-quantized ones.
+"""A training step with all callbacks, against a full-precision step and the fake-quantized steps of peers.
 
 ``python benchmarks/step_time.py`` prints a table for each network and memory format. Steps run under a real Trainer;
-the peers' and the baseline's networks run in the same LightningModule, without callbacks. The process keeps the memory
-that it has had, so that no contender lives on what others have left.
+the networks of the peers and the baseline run in the same LightningModule, without callbacks. The process returns no
+memory to the operating system, so that the cost of a contender does not depend on the others.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ CONTENDERS: dict[str, Make] = {
 
 
 def measure(network: str, memory_format: torch.memory_format, rounds: int) -> list[Result]:
-    """Let all contenders that are installed take turns, each with a short run of steps."""
+    """Let all contenders whose packages are installed take turns, each with a short run of steps."""
     racers: dict[str, Callable[[], float]] = {}
     for name, make in CONTENDERS.items():
         try:
@@ -88,7 +88,7 @@ def measure(network: str, memory_format: torch.memory_format, rounds: int) -> li
 
 
 def compiled_ratio(results: list[Result]) -> str:
-    """The one ratio that is not to the eager full-precision step."""
+    """Return the only ratio that is not relative to the eager full-precision step."""
     by_name = {r.name: r for r in results}
     ratio = by_name[COMPILED].ratio(by_name[BASELINE_COMPILED])
     return f"Everything on, compiled, to full precision, compiled: {ratio:.2f}."

@@ -1,7 +1,7 @@
-"""Where a training step of the conv net spends its time: the profiler's top operators, with everything on and without.
+"""The operators in which a training step of the conv net spends the most time, with and without quantization.
 
-``python benchmarks/top_operations.py`` prints a table of milliseconds a step, without the time of nested operators:
-medians over rounds in which the three networks take turns.
+``python benchmarks/top_operations.py`` prints a table of the profiler's milliseconds per step, without the time of
+nested operators: medians over rounds in which the three configurations take turns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OWN_KERNELS = "compiled kernels of fused=True"
 
 
 class Profiled(L.Callback):
-    """Milliseconds a step of each operator, after some steps to warm up."""
+    """Measures milliseconds per step of each operator, after some warm-up steps."""
 
     def __init__(self) -> None:
         self.milliseconds: dict[str, float] = {}
@@ -28,13 +28,13 @@ class Profiled(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin."""
+        """Start the profiler."""
         if batch_idx == FIRST:
             self.profiler = profile(activities=[ProfilerActivity.CPU])
             self.profiler.__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Add up."""
+        """Stop the profiler and add up the times."""
         if args[-1] == FIRST + STEPS - 1:
             self.profiler.__exit__(None, None, None)
             for event in self.profiler.key_averages():

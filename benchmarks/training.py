@@ -1,4 +1,4 @@
-"""Training steps under a real Lightning Trainer, in short runs that can take turns."""
+"""Training steps under a real Lightning Trainer, in short runs that can be interleaved."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lightning_qat_osc import (
     QuantizationAwareTraining,
 )
 
-UNTIMED, TIMED = 3, 6  # steps at the start of each short run that do not count, and those that do
+UNTIMED, TIMED = 3, 6  # steps at the start of each short run that are not timed, and steps after them that are
 
 
 class Classifier(L.LightningModule):
-    """A plain LightningModule around a network."""
+    """A plain LightningModule for a network."""
 
     def __init__(self, network: nn.Module, learning_rate: float) -> None:
         super().__init__()
@@ -36,32 +36,32 @@ class Classifier(L.LightningModule):
         self.learning_rate = learning_rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
+        """Return the logits."""
         logits: Tensor = self.network(x)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy."""
+        """Return the cross entropy."""
         return F.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD with momentum."""
+        """Return SGD with momentum."""
         return torch.optim.SGD(self.parameters(), self.learning_rate, momentum=0.9)
 
 
 class Stopwatch(L.Callback):
-    """Times each step from the end of the one before: data, forward, backward, optimizer and every callback."""
+    """Times each step from the end of the previous one: data, forward, backward, optimizer and all callbacks."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.ends.append(time.perf_counter())
 
 
 def everything(weight_bits: int = 4, activation_bits: int = 4, **qat: Any) -> list[L.Callback]:
-    """Every callback of a training step, each with work to do from the first step on."""
+    """Return all callbacks that act in a training step, each with work to do from the first step on."""
     return [
         QuantizationAwareTraining(weight_bits, activation_bits, **qat),
         OscillationTracking(momentum=0.01),
@@ -76,9 +76,9 @@ class Steps:
     Args:
         workload: What to train.
         network: The network, if not the workload's own.
-        callbacks: The Trainer's.
-        memory_format: Of the network and its inputs.
-        precision: The Trainer's.
+        callbacks: Callbacks of the Trainer.
+        memory_format: Memory format of the network and its inputs, for image networks.
+        precision: Precision of the Trainer.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Steps:
         self.batch = x, torch.randint(0, 10, (len(x),))
 
     def run(self, steps: int, *extra: L.Callback) -> None:
-        """Make some steps."""
+        """Run some training steps."""
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         data: DataLoader[Any] = DataLoader([self.batch] * steps, batch_size=None)  # type: ignore[arg-type]
         with warnings.catch_warnings():
@@ -119,7 +119,7 @@ class Steps:
             trainer.fit(self.module, data)
 
     def seconds(self) -> float:
-        """Median seconds of a step over a short run, without those that log."""
+        """Return the median seconds of a step over a short run, without the last step, which logs."""
         watch = Stopwatch()
         self.run(UNTIMED + TIMED + 1, watch)
         ends = watch.ends[UNTIMED - 1 : -1]
@@ -127,7 +127,7 @@ class Steps:
 
 
 def quantized(workload: Workload, config: QuantConfig | None = None) -> nn.Module:
-    """The workload's network with calibrated quantizers, outside any Trainer."""
+    """Return the workload's network with calibrated quantizers, without a Trainer."""
     from lightning_qat_osc import quantize_model
     from lightning_qat_osc.calibration import Calibrator
 

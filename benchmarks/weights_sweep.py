@@ -1,7 +1,7 @@
-"""Tracking, dampening and freezing of many weights, without a network: a step, against optimizers and the paper's.
+"""Tracking, dampening and freezing of many weights without a network, against optimizers and the paper's tracker.
 
-``python benchmarks/weights_sweep.py`` prints a table for 25 million weights in layers of about a million, of four
-million and in one, and the cost per weight from 1 to 100 million.
+``python benchmarks/weights_sweep.py`` prints tables of one step for 25 million weights in layers of about one million,
+in layers of four million and in a single layer, and the cost per weight for 1 to 100 million weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning_qat_osc.sweep import advance_states, dampen_and_pass_on, in_batch
 
 
 def tracked(layers: int, width: int) -> list[QuantizedWeight]:
-    """Weights of linear layers with gradients, a twentieth of them frozen."""
+    """Return tracked weights of linear layers with gradients. 5 percent of the weights are frozen."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
     config = QuantConfig(4, None, first_last_bits=None, weight_range="lsq")
@@ -37,7 +37,7 @@ def tracked(layers: int, width: int) -> list[QuantizedWeight]:
 
 
 def sweep(weights: list[QuantizedWeight], fused: bool) -> Callable[[], None]:
-    """All that the oscillation callbacks do in a step."""
+    """Return a function that does all work of the oscillation callbacks in a step."""
     for w in weights:
         w.quantizer.fused = fused
     batches = in_batches(weights)
@@ -50,7 +50,7 @@ def sweep(weights: list[QuantizedWeight], fused: bool) -> Callable[[], None]:
 
 
 def compare(layers: int, width: int, rounds: int) -> str:
-    """A table for one shape of the weights."""
+    """Return a table for one shape of the weights."""
     weights = tracked(layers, width)
     parameters = [w.weight for w in weights]
     adamw = torch.optim.AdamW(parameters, lr=1e-9)
@@ -84,9 +84,9 @@ def compare(layers: int, width: int, rounds: int) -> str:
 
 
 def per_weight(millions: tuple[int, ...], rounds: int) -> str:
-    """Nanoseconds for each weight, fused, by the number of weights.
+    """Return a table of nanoseconds per weight, fused, by number of weights.
 
-    The numbers of weights take turns, so that few do not find theirs in the cache: in a training step they would not.
+    The sizes take turns, so that small ones do not find their weights in the cache. In a training step they would not.
     """
     contenders = {str(count): timed(sweep(tracked(count, 1024), True)) for count in millions}
     lines = ["| million weights | ns a weight, fused=True | fastest to slowest |", "|---|---|---|"]

@@ -1,4 +1,4 @@
-"""What the examples share: pre-train a network, train it four ways with quantization, show the difference."""
+"""Shared code of the examples: pre-train a network, train it with quantization in four ways, compare the results."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ METHODS = ("LSQ", "dampening", "freezing", "both")
 
 
 class Classifier(L.LightningModule):
-    """A plain LightningModule around a network that returns logits: nothing in it knows of quantization.
+    """A plain LightningModule for a network that returns logits. Nothing in it is specific to quantization.
 
     Args:
-        network: Images in, logits out.
-        learning_rate: Of SGD with momentum 0.9.
-        anneal: Whether a cosine takes the learning rate to 0; else it is constant.
-        weight_decay: Of all parameters.
+        network: Maps images to logits.
+        learning_rate: Learning rate of SGD with momentum 0.9.
+        anneal: Whether a cosine schedule takes the learning rate to 0; otherwise it is constant.
+        weight_decay: Weight decay of all parameters.
     """
 
     def __init__(
@@ -52,26 +52,26 @@ class Classifier(L.LightningModule):
         self.weight_decay = weight_decay
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of a batch of images."""
+        """Return the logits of a batch of images."""
         logits: Tensor = self.network(images)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy of a batch."""
+        """Return the cross entropy of a batch."""
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Accuracy and loss of a batch."""
+        """Log accuracy and loss of a batch."""
         images, labels = batch
         logits = self(images)
         self.log("val_loss", F.cross_entropy(logits, labels))
         self.log("val_accuracy", accuracy(logits, labels, task="multiclass", num_classes=logits.shape[1]))
 
     def configure_optimizers(self) -> Any:
-        """SGD, with a cosine if the learning rate is to be annealed."""
+        """Return SGD, with a cosine schedule if ``anneal`` is set."""
         optimizer = torch.optim.SGD(
             self.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay
         )
@@ -83,12 +83,12 @@ class Classifier(L.LightningModule):
 
 
 class Images(L.LightningDataModule):
-    """Images and labels that fit into memory.
+    """A data module for images and labels that fit into memory.
 
     Args:
         train: Training images [N, 1, H, W] and labels [N].
         val: Validation images and labels.
-        batch_size: Images a step.
+        batch_size: Images per training step.
     """
 
     def __init__(self, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], batch_size: int) -> None:
@@ -98,11 +98,11 @@ class Images(L.LightningDataModule):
         self.batch_size = batch_size
 
     def train_dataloader(self) -> Any:
-        """Shuffled batches."""
+        """Return shuffled batches of the training images."""
         return torch.utils.data.DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> Any:
-        """Batches in order."""
+        """Return the validation images in batches, in order."""
         return torch.utils.data.DataLoader(self.val, 500)
 
 
@@ -111,13 +111,13 @@ class Setting:
     """One way to quantize, and the hyperparameters of the methods that control oscillations.
 
     Attributes:
-        name: Such as W3A3.
+        name: Name of the setting, such as W3A3.
         weight_bits: Bits of the weights.
-        activation_bits: Bits of the activations, or None.
+        activation_bits: Bits of the activations, or None for full precision.
         epochs: Epochs of quantization-aware training.
-        learning_rate: Its initial learning rate.
-        scale_learning_rate: That of the scales.
-        momentum: Of oscillation tracking.
+        learning_rate: Initial learning rate.
+        scale_learning_rate: Initial learning rate of the scales.
+        momentum: Momentum of oscillation tracking.
         dampening: Keyword arguments of OscillationDampening.
         freezing: Keyword arguments of IterativeFreezing.
         anneal: Whether the learning rate is annealed to 0.
@@ -137,7 +137,7 @@ class Setting:
 
 @dataclass
 class Result:
-    """What one run came to: accuracies and shares in percent, time in seconds."""
+    """The results of one run: accuracies and shares in percent, time in seconds."""
 
     setting: str
     method: str
@@ -151,7 +151,7 @@ class Result:
     curves: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
-        """One line."""
+        """Return a summary in one line."""
         return (
             f"{self.setting} {self.method}, seed {self.seed}: {self.before:.2f} % with running BN, "
             f"{self.after:.2f} % re-estimated; {self.oscillating:.2f} % oscillating, {self.frozen:.2f} % frozen; "
@@ -160,7 +160,7 @@ class Result:
 
 
 def quiet() -> None:
-    """Leave the terminal to the results."""
+    """Silence log messages and known warnings, so that the terminal shows only results."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     ignored = (
         ".*is not empty.*",
@@ -187,10 +187,10 @@ def _trainer(**arguments: Any) -> L.Trainer:
 def pretrain(
     make_network: Callable[[], nn.Module], data: Images, *, epochs: int, learning_rate: float, seed: int = 0
 ) -> tuple[nn.Module, float]:
-    """Make a network and train it in full precision.
+    """Create a network and train it in full precision.
 
     Returns:
-        The network, and its accuracy in percent.
+        The network, and its validation accuracy in percent.
     """
     L.seed_everything(seed, verbose=False)
     network = make_network()
@@ -218,7 +218,7 @@ def _callbacks(setting: Setting, method: str) -> list[L.Callback]:
 
 
 def _read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Every logged figure over the steps, from the CSV log."""
+    """Read every logged metric from the CSV log: name -> steps, values."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -286,7 +286,7 @@ def compare(
     methods: Sequence[str] = METHODS,
     compiled: bool = False,
 ) -> list[Result]:
-    """All methods, settings and seeds, one after another; ``report`` hears of each as it ends."""
+    """Run all combinations of settings, methods and seeds, and call ``report`` with each result when it is ready."""
     results = []
     for setting in settings:
         for method in methods:
@@ -304,7 +304,7 @@ def _mean_spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A Markdown table: means, and standard deviations over the seeds where there are several."""
+    """Return a Markdown table of means over the seeds, with standard deviations if there are several seeds."""
     lines = [
         "| setting | method | accuracy %, running BN | re-estimated BN | Osc. % | frozen % | training loss | time s |",
         "|---|---|---|---|---|---|---|---|",
@@ -321,7 +321,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Draw oscillating share, frozen share and validation accuracy over the steps, of the first seed of each method."""
+    """Plot oscillating share, frozen share and validation accuracy over the steps, for each method's first seed."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
 """Quantization-aware training on scikit-learn's handwritten digits, with oscillations measured, dampened and frozen.
 
 Run it with ``make demo``. It pre-trains a small depthwise-separable network in full precision, trains it with 3-bit
-weights and activations and with 2-bit weights, each in four ways, and prints what came of it.
+weights and activations and with 2-bit weights, each in four ways, and prints the results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 
 def digits(batch_size: int = 64) -> Images:
-    """The 1797 digits of 8x8 pixels, every fourth for validation."""
+    """Return the 1797 digits of 8x8 pixels, with every fourth held out for validation."""
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16.0
     labels = torch.tensor(bunch.target)
@@ -55,7 +55,7 @@ class SeparableNet(nn.Sequential):
 
 
 def settings(epochs: int) -> list[Setting]:
-    """W3A3 and W2 weights only."""
+    """Return the settings W3A3 and weight-only W2."""
     common = {
         "epochs": epochs,
         "learning_rate": 0.02,

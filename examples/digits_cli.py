@@ -1,4 +1,4 @@
-"""LightningCLI on the digits: all that concerns quantization is in digits.yaml.
+"""LightningCLI on the digits. Everything about quantization is in digits.yaml.
 
 ``python examples/digits_cli.py fit --config examples/digits.yaml``
 """
@@ -15,11 +15,11 @@ from torchmetrics.functional import accuracy
 
 
 class DigitsModule(L.LightningModule):
-    """A plain LightningModule; its optimizer and schedule come from the YAML.
+    """A plain LightningModule. Its optimizer and schedule come from the YAML file.
 
     Args:
-        label_smoothing: Of the cross entropy.
-        float_checkpoint: Checkpoint of a run in full precision to start from.
+        label_smoothing: Label smoothing of the cross entropy.
+        float_checkpoint: Checkpoint of a full-precision run to start from.
     """
 
     def __init__(self, label_smoothing: float = 0.0, float_checkpoint: str | None = None) -> None:
@@ -30,14 +30,14 @@ class DigitsModule(L.LightningModule):
         self.label_smoothing = label_smoothing
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy of a batch."""
+        """Return and log the cross entropy of a batch."""
         images, labels = batch
         loss = F.cross_entropy(self.network(images), labels, label_smoothing=self.label_smoothing)
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Accuracy of a batch."""
+        """Log the accuracy of a batch."""
         images, labels = batch
         self.log(
             "val_accuracy", accuracy(self.network(images), labels, task="multiclass", num_classes=10), prog_bar=True

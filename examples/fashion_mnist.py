@@ -1,4 +1,4 @@
-"""Quantization-aware training of a MobileNetV2-style network on Fashion-MNIST, four ways, over several seeds.
+"""Quantization-aware training of a MobileNetV2-style network on Fashion-MNIST, in four ways, over several seeds.
 
 The data comes from Debian's package ``dataset-fashion-mnist``, or from a folder with the four files of the original
 distribution. ``python examples/fashion_mnist.py`` reproduces the table of docs/results.md.
@@ -20,7 +20,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 def _read(folder: Path, name: str) -> Tensor:
-    """An IDX file: a header of 4 bytes for each of magic number and dimensions, then bytes."""
+    """Read an IDX file: a header with 4 bytes each for magic number and dimensions, then one byte per value."""
     path = next((p for p in (folder / f"{name}.gz", folder / name) if p.exists()), None)
     if path is None:
         raise FileNotFoundError(
@@ -33,7 +33,7 @@ def _read(folder: Path, name: str) -> Tensor:
 
 
 def fashion_mnist(folder: Path, batch_size: int, train_images: int = 60_000) -> Images:
-    """60000 training and 10000 test images of 28x28 pixels, normalised; or the first of the training images."""
+    """Return the first ``train_images`` of 60000 training images, and 10000 test images: 28x28 pixels, normalized."""
     pixels = [_read(folder, f"{part}-images-idx3-ubyte") for part in ("train", "t10k")]
     labels = [_read(folder, f"{part}-labels-idx1-ubyte").long() for part in ("train", "t10k")]
     images = [(p.unsqueeze(1).float() / 255.0 - 0.286) / 0.353 for p in pixels]
@@ -41,7 +41,7 @@ def fashion_mnist(folder: Path, batch_size: int, train_images: int = 60_000) -> 
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block: expand, filter depthwise, project; a residual where the shapes allow."""
+    """MobileNetV2's block: expansion, depthwise convolution, projection; a residual if the shapes allow it."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class MobileNet(nn.Sequential):
     """A MobileNetV2 for images of 28x28 pixels.
 
     Args:
-        width: Multiplier of the channels.
+        width: Factor on the number of channels.
     """
 
     def __init__(self, width: float = 1.0) -> None:
@@ -82,17 +82,17 @@ class MobileNet(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images in, logits out: as in the base class, but here torch.compile sees one graph."""
+        """Return the logits of images, as in the base class, but so that torch.compile sees a single graph."""
         for layer in self:
             x = layer(x)
         return x
 
 
 def settings(epochs: int) -> list[Setting]:
-    """W3A3 and W3 weights only, as in the paper's tables; W2; and W2 at a constant, higher learning rate.
+    """Return W3A3 and weight-only W3, as in the paper's tables, and W2, also at a constant, higher learning rate.
 
-    Where the learning rate ends at 0 the weights settle, oscillating or not. Where it does not, as in any run that is
-    evaluated before its end, oscillations leave batch norm with statistics of a network that no longer exists.
+    If the learning rate ends at 0, the weights settle, even if they oscillated before. If it does not, as in any run
+    that is evaluated before its end, oscillations leave batch norm with statistics that no longer match the weights.
     """
     common = {
         "epochs": epochs,
@@ -101,7 +101,7 @@ def settings(epochs: int) -> list[Setting]:
         "momentum": 0.01,
         "dampening": {"final_weight": 2e-2},
     }
-    # weights alone: as in the paper's Table 5. With activations: later, for they settle later
+    # weights only: as in the paper's Table 5; with activations: annealed later, because weights settle later
     weights_only = {"threshold": 0.04, "final_threshold": 0.01}
     with_activations = {"threshold": 0.04, "final_threshold": 0.005, "anneal_start": 0.5}
     constant = {**common, "learning_rate": 0.02, "anneal": False}

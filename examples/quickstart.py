@@ -1,4 +1,4 @@
-"""From a network in full precision to 3-bit integers in a file, on handwritten digits."""
+"""Quantization-aware training from a full-precision network to a file of 3-bit integers, on handwritten digits."""
 
 import lightning as L
 import torch
@@ -18,7 +18,7 @@ from lightning_qat_osc.export import convert, save_packed
 
 
 class Digits(L.LightningModule):
-    """A plain LightningModule: nothing in it knows of quantization."""
+    """A plain LightningModule. Nothing in it is specific to quantization."""
 
     def __init__(self, learning_rate: float = 0.1) -> None:
         super().__init__()
@@ -32,15 +32,15 @@ class Digits(L.LightningModule):
         )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy."""
+        """Return the cross entropy."""
         return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Accuracy."""
+        """Log the accuracy."""
         self.log("accuracy", (self.network(batch[0]).argmax(1) == batch[1]).float().mean(), prog_bar=True)
 
     def configure_optimizers(self):  # type: ignore[no-untyped-def]
-        """SGD, annealed to 0."""
+        """Return SGD with a learning rate annealed to 0."""
         optimizer = torch.optim.SGD(self.parameters(), self.learning_rate, momentum=0.9)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs or 1)]
 
@@ -57,11 +57,11 @@ def main() -> None:
     trainer.fit(Digits(), train, val)
     trainer.save_checkpoint("float.ckpt")
 
-    module = Digits.load_from_checkpoint("float.ckpt", learning_rate=0.01)  # a tenth of what it was trained with
+    module = Digits.load_from_checkpoint("float.ckpt", learning_rate=0.01)  # a tenth of the rate in full precision
     trainer = L.Trainer(
         max_epochs=10,
         callbacks=[
-            QuantizationAwareTraining(weight_bits=3, activation_bits=3, print_plan=True),  # first of all
+            QuantizationAwareTraining(weight_bits=3, activation_bits=3, print_plan=True),  # first in the list
             OscillationTracking(momentum=0.01),
             OscillationDampening(final_weight=1e-2),
             IterativeFreezing(threshold=0.04, final_threshold=0.01),
@@ -71,9 +71,9 @@ def main() -> None:
     trainer.fit(module, train, val)
     trainer.save_checkpoint("quantized.ckpt")
 
-    module = load_quantized(Digits, "quantized.ckpt").eval()  # anywhere, later
-    save_packed(module, "digits.safetensors")  # 3 bits a weight
-    plain = convert(module)  # the class Digits again, weights at scale times integer
+    module = load_quantized(Digits, "quantized.ckpt").eval()  # possible in another process, too
+    save_packed(module, "digits.safetensors")  # 3 bits per weight, 8 in the first and last layer
+    plain = convert(module)  # a Digits again, with weights at scale times integer
     print(f"same outputs: {torch.equal(plain.network(x), module.network(x))}")
 
 

@@ -1,26 +1,27 @@
-r"""A regression with one weight, where the oscillations of quantization-aware training can be computed by hand.
+r"""A regression with one weight, for which the oscillations of quantization-aware training can be computed by hand.
 
 .. math:: \min_w \; E_x\left[\tfrac12 (x w_* - x \, q(w))^2\right], \qquad E[x^2] = \sigma^2
 
-of Nagel et al., arXiv 2203.11086, Sec. 2.2 and App. A.1, with its expectation taken exactly: the straight-through
-gradient is :math:`\sigma^2 (q(w) - w_*)`. Here s = sigma = 1, and five optima w* lie between the grid points 0 and 1,
-nearer to 1, with d = |w* - q(w*)|. The gradient is d at 1 and -(1 - d) at 0, so w is driven to the rounding threshold
-1/2 from both sides and crosses it for ever. The script measures what follows, and prints it beside the prediction:
+The regression is from Nagel et al., arXiv 2203.11086, Sec. 2.2 and App. A.1, with the expectation taken exactly: the
+straight-through gradient is :math:`\sigma^2 (q(w) - w_*)`. Here s = sigma = 1, and five optima w* lie between the grid
+points 0 and 1, nearer to 1, with d = |w* - q(w*)|. The gradient is d where q(w) = 1 and -(1 - d) where q(w) = 0, so w
+is driven to the rounding threshold 1/2 from both sides and keeps crossing it. The script measures the following
+consequences, and prints each next to its prediction:
 
-1. A share d of the steps is at 0, never two of them in a row. So the integer reverses 2 d/s times a step at any
-   learning rate, and the tracked frequency converges to that.
+1. q(w) is 0 in a share d of the steps, never twice in a row. So the integer reverses 2 d/s times per step at any
+   learning rate, and the tracked frequency converges to this value.
 2. The time average of q(w) is w*, and the moving average of the integers, over enough steps, rounds to q(w*).
-3. EWGS, PSG and DSQ multiply the gradient by a positive factor: w swings less or more, and as often. It swings over a
-   band whose width is the learning rate times the factor at the threshold (a little less where the orbit is periodic).
-   The factor varies over that band, so the frequency is 2 d/s in the limit of a small learning rate, and within a
-   relative half of the learning rate before it.
-4. Dampening adds 2 lambda (w - q(w)), which is -lambda just above the threshold: the gradient d - lambda there changes
-   sign, and the oscillation stops, if and only if lambda > d/s. Above 1 - d/s the other grid point traps the weight
-   too, and it stays at whichever of the two it meets first.
-5. Freezing ends the oscillation, at q(w*) once the moving average has forgotten where it started. A weight that is
-   frozen earlier may be held at the wrong integer, so here freezing begins late.
+3. EWGS, PSG and DSQ multiply the gradient by a positive factor: w swings less or more, but equally often. The width of
+   the band in which w swings is the learning rate times the factor at the threshold (a little less if the orbit is
+   periodic). The factor varies over that band, so the frequency is 2 d/s only in the limit of a small learning rate.
+   Otherwise its relative deviation is at most half the learning rate.
+4. Dampening adds 2 lambda (w - q(w)), which is -lambda just above the threshold. The gradient there, d - lambda,
+   changes sign, and the oscillation stops, if and only if lambda > d/s. If lambda also exceeds 1 - d/s, the other grid
+   point traps the weight, too, and the weight stays at the one that it reaches first.
+5. Freezing ends the oscillation, at q(w*) once the moving average has forgotten its initial value. A weight that is
+   frozen earlier may be held at the wrong integer, so here freezing starts late.
 
-Run it with ``python examples/toy_regression.py``; it takes some seconds.
+Run it with ``python examples/toy_regression.py``; it takes a few seconds.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ START = math.sqrt(2) - 1
 """A little below the threshold, and irrational: no step from here lands exactly on 1/2."""
 MOMENTUM = 0.01
 FREEZE_THRESHOLD = 0.05
-"""Below the frequencies of all five."""
+"""Below the frequencies of all five optima."""
 TRANSIENT = 1000
 """Steps until every weight has reached the threshold and the moving averages have forgotten their start."""
 WINDOW = 1000
@@ -61,12 +62,12 @@ FREEZE_FROM = TRANSIENT + WINDOW // 2
 
 @dataclass(frozen=True)
 class Trace:
-    """What each step left behind. Time is the first dimension.
+    """The state after each step. Time is the first dimension.
 
     Attributes:
         latent: Latent weights.
-        weight_int: Their integers.
-        changed: Whether the integer differs from that of the step before.
+        weight_int: Integers of the weights.
+        changed: Whether the integer differs from that of the previous step.
         frequency: Tracked frequency f.
         ema_int: Moving average of the integers.
         frozen: Whether the weight is frozen.
@@ -80,7 +81,7 @@ class Trace:
     frozen: Tensor
 
     def between(self, start: int, stop: int | None = None) -> Trace:
-        """Part of the trace, by its steps."""
+        """Return the steps from ``start`` up to ``stop``."""
         return Trace(*(values[start:stop] for values in vars(self).values()))
 
     @property
@@ -90,7 +91,7 @@ class Trace:
 
     @property
     def changes(self) -> Tensor:
-        """Number of integer changes. Between two neighbouring grid points each reverses the one before."""
+        """Number of integer changes. Between two neighboring grid points, each change reverses the previous one."""
         return self.changed.sum(0)
 
     @property
@@ -100,12 +101,12 @@ class Trace:
 
     @property
     def band(self) -> Tensor:
-        """Width of the band that the latent weight visits."""
+        """Width of the band in which the latent weight moves."""
         return self.latent.amax(0) - self.latent.amin(0)
 
 
 def ste(gradient: Tensor, offset: Tensor) -> Tensor:
-    """The straight-through estimator as it is: 1."""
+    """Plain straight-through estimator: 1."""
     return torch.ones_like(offset)
 
 
@@ -120,9 +121,9 @@ def psg(gradient: Tensor, offset: Tensor, epsilon: float = 0.01) -> Tensor:
 
 
 def dsq(gradient: Tensor, offset: Tensor, alpha: float = 0.2) -> Tensor:
-    """Differentiable soft quantization, arXiv 1908.05033: the slope of its staircase.
+    """Differentiable soft quantization, arXiv 1908.05033: the slope of its smooth staircase.
 
-    Between two grid points, with m halfway, that is tanh(k (w - m)) / (2 tanh(k/2)), where tanh(k/2) = 1 - alpha.
+    Between two grid points with midpoint m, it is tanh(k (w - m)) / (2 tanh(k/2)), where tanh(k/2) = 1 - alpha.
     """
     k = math.log(2.0 / alpha - 1.0)
     from_middle = 0.5 - offset.abs()
@@ -130,17 +131,17 @@ def dsq(gradient: Tensor, offset: Tensor, alpha: float = 0.2) -> Tensor:
 
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
-"""The positive factor on the gradient g, of g and (w - q(w)) / s."""
+"""Maps the gradient g and (w - q(w)) / s to a positive factor that multiplies g."""
 ESTIMATORS: dict[str, Estimator] = {"STE": ste, "EWGS": ewgs, "PSG": psg, "DSQ": dsq}
 
 
 def quantize(latent: Tensor) -> Tensor:
-    """q(w) on the grid of this example."""
+    """Return q(w) on the grid of this example."""
     return fake_quantize(latent, SCALE, QUANT_MIN, QUANT_MAX)
 
 
 def regression_gradient(latent: Tensor, optimum: Tensor) -> Tensor:
-    """Straight-through gradient of 1/2 sigma^2 (w* - q(w))^2, by autograd."""
+    """Return the straight-through gradient of 1/2 sigma^2 (w* - q(w))^2, computed by autograd."""
     latent = latent.detach().requires_grad_()
     loss = 0.5 * SIGMA**2 * (optimum - quantize(latent)).square().sum()
     return torch.autograd.grad(loss, latent)[0]
@@ -157,20 +158,20 @@ def simulate(
     momentum: float = MOMENTUM,
     optimum: Tensor = OPTIMA,
 ) -> Trace:
-    """Gradient descent on the toy regression, for all optima at once.
+    """Run gradient descent on the toy regression, for all optima at once.
 
     Args:
-        estimator: The factor that rescales the gradient of the regression.
-        learning_rate: Broadcast against ``optimum``, as is ``dampening``.
-        dampening: Lambda.
+        estimator: Computes the factor on the gradient of the regression.
+        learning_rate: Learning rate, broadcast against ``optimum``.
+        dampening: Lambda, broadcast against ``optimum``.
         freeze_threshold: Tracked frequency above which a weight is frozen; None to freeze none.
-        freeze_from: First step that may freeze.
-        steps: Steps to take.
+        freeze_from: First step in which weights may be frozen.
+        steps: Number of steps.
         momentum: Weight of the new value in the tracker's moving averages.
         optimum: w*.
 
     Returns:
-        Every step, in tensors of shape ``[steps, *shape]``.
+        All steps, in tensors of shape ``[steps, *shape]``.
     """
     shapes = [torch.as_tensor(p).shape for p in (optimum, learning_rate, dampening)]
     latent = torch.full(torch.broadcast_shapes(*shapes), START, dtype=torch.float64)
@@ -187,27 +188,27 @@ def simulate(
             state.freeze(freeze_threshold)
             state.hold_frozen(latent, SCALE)
         changed = state.weight_int != before
-        # the two averages change in place
+        # the two averages are updated in place
         integers, averages = state.weight_int.clone(), (state.frequency.clone(), state.ema_int.clone())
         history.append((latent, integers, changed, *averages, state.frozen.clone()))
     return Trace(*(torch.stack(values) for values in zip(*history)))
 
 
 def distance(optimum: Tensor = OPTIMA) -> Tensor:
-    """d/s, with d = |w* - q(w*)|."""
+    """Return d/s, with d = |w* - q(w*)|."""
     return (optimum - quantize(optimum)).abs() / SCALE
 
 
 def dampened_frequency(dampening: Tensor, optimum: Tensor = OPTIMA) -> Tensor:
-    """2 (d - lambda) / (1 - 2 lambda) for lambda < d and 0 above: the limit as the learning rate goes to 0.
+    """Return 2 (d - lambda) / (1 - 2 lambda) for lambda < d, else 0: the limit as the learning rate goes to 0.
 
-    At the threshold the gradients are d - lambda and -(1 - d - lambda) in place of d and -(1 - d).
+    At the threshold, dampening changes the gradients from d and -(1 - d) to d - lambda and -(1 - d - lambda).
     """
     return 2.0 * (distance(optimum) - dampening).clamp(min=0.0) / (1.0 - 2.0 * dampening)
 
 
 def run_all() -> dict[str, Trace]:
-    """The simulations behind the tables, of shape ``[steps, 3 learning rates or 4 lambdas, 5 optima]``."""
+    """Run the simulations for the tables, of shape ``[steps, 3 learning rates or 4 lambdas, 5 optima]``."""
     traces = {name: simulate(estimator, learning_rate=LEARNING_RATES) for name, estimator in ESTIMATORS.items()}
     # just below the critical lambda a weight crosses the threshold once in a thousand steps
     traces["dampening"] = simulate(
@@ -223,14 +224,14 @@ Row = dict[str, Any]
 
 
 def _by_learning_rate(label: str, values: Tensor, i: int) -> Row:
-    """One column for each learning rate, of the i-th optimum."""
+    """Return one column per learning rate, for the i-th optimum."""
     return {
         f"{label}lr {rate:g}": value for rate, value in zip(LEARNING_RATES.flatten().tolist(), values[:, i].tolist())
     }
 
 
 def frequency_rows(ste_trace: Trace) -> list[Row]:
-    """Prediction 1: the frequency at each learning rate, counted and tracked."""
+    """Return the table of prediction 1: the frequency at each learning rate, counted and tracked."""
     trace = ste_trace.between(TRANSIENT)
     return [
         {
@@ -244,7 +245,7 @@ def frequency_rows(ste_trace: Trace) -> list[Row]:
 
 
 def average_rows(ste_trace: Trace) -> list[Row]:
-    """Prediction 2: the time average at each learning rate, and the range of the moving average over all of them."""
+    """Return the table of prediction 2: time averages by learning rate, and the overall range of the moving average."""
     trace = ste_trace.between(TRANSIENT)
     lowest, highest = trace.ema_int.amin((0, 1)), trace.ema_int.amax((0, 1))
     return [
@@ -261,12 +262,12 @@ def average_rows(ste_trace: Trace) -> list[Row]:
 
 
 def estimator_rows(traces: dict[str, Trace]) -> list[Row]:
-    """Prediction 3: the frequency at each learning rate, and the width of the band at the middle one."""
+    """Return the table of prediction 3: frequencies by learning rate, and the width of the band at the middle rate."""
     rows = []
     for name, estimator in ESTIMATORS.items():
         trace = traces[name].between(TRANSIENT)
         band = trace.band / LEARNING_RATES
-        # at the threshold, seen from above, where the gradient is positive
+        # the limit at the threshold from above, where the gradient is positive
         widest = estimator(torch.ones(1), torch.tensor([-0.5])).item()
         rows += [
             {
@@ -283,7 +284,7 @@ def estimator_rows(traces: dict[str, Trace]) -> list[Row]:
 
 
 def dampening_rows(dampening_trace: Trace) -> list[Row]:
-    """Prediction 4: the frequency with lambda on both sides of d/s."""
+    """Return the table of prediction 4: the frequency with lambda below and above d/s."""
     measured = dampening_trace.between(TRANSIENT).change_rate
     predicted = dampened_frequency(DAMPENING_RATIOS * distance())
     rows = []
@@ -297,9 +298,9 @@ def dampening_rows(dampening_trace: Trace) -> list[Row]:
 
 
 def freezing_rows(freezing_trace: Trace) -> list[Row]:
-    """Prediction 5: the integer's changes before and after freezing, and where it is held, at each learning rate."""
+    """Return the table of prediction 5: integer changes before and after freezing, and the frozen integer, by rate."""
     before = freezing_trace.between(TRANSIENT, FREEZE_FROM)
-    # the step that freezes may itself still move the integer, to round(ema)
+    # the step that freezes a weight may still change its integer, to round(ema)
     after = freezing_trace.between(FREEZE_FROM + 1)
     return [
         {
@@ -315,7 +316,7 @@ def freezing_rows(freezing_trace: Trace) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown, in columns of equal width."""
+    """Return the rows as a Markdown table with aligned columns."""
     cells = [list(rows[0])]
     cells += [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
@@ -325,7 +326,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(traces: dict[str, Trace], path: Path) -> None:
-    """Draw what one weight does under each method, and the predicted against the measured frequencies."""
+    """Plot the path of one weight under each method, and measured against predicted frequencies."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -344,7 +345,7 @@ def draw(traces: dict[str, Trace], path: Path) -> None:
     latent_color, quantized_color, line_color = "#1f4e8c", "#f0a35e", "#777777"
     figure, axes = plt.subplots(2, 4, figsize=(16, 7.4), layout="constrained")
     for axis, (title, options) in zip(axes.flat, methods.items()):
-        # with a momentum of 0.1 the averages settle within the picture
+        # with a momentum of 0.1 the averages settle within the plotted steps
         trace = simulate(
             learning_rate=learning_rate,
             steps=steps,
@@ -370,7 +371,7 @@ def draw(traces: dict[str, Trace], path: Path) -> None:
 
     axis = axes[1, 3]
     axis.plot([5e-4, 1.0], [5e-4, 1.0], color=line_color, linewidth=0.9, zorder=0)
-    # from large to small, so that markers at the same place all show
+    # from large to small, so that overlapping markers all remain visible
     markers = {
         "STE": {"s": 190, "marker": "o", "color": "#c3d5ea"},
         "EWGS": {"s": 75, "marker": "s", "color": "#5b8fc7"},
@@ -381,7 +382,7 @@ def draw(traces: dict[str, Trace], path: Path) -> None:
         measured = traces[name].between(TRANSIENT).change_rate
         predicted = (2.0 * distance()).expand_as(measured)
         axis.scatter(predicted, measured, label=name, **style)
-    # 0 has no place on a logarithmic axis: lambda below d/s only
+    # a logarithmic axis cannot show 0, so only lambdas below d/s
     below = DAMPENING_RATIOS.flatten() < 1.0
     measured = traces["dampening"].between(TRANSIENT).change_rate[below]
     predicted = dampened_frequency(DAMPENING_RATIOS * distance())[below]

@@ -1,6 +1,6 @@
 """Lightning callbacks that make quantization-aware training work at low bit widths.
 
-Callbacks for the Trainer, and the functions that they are made of.
+Contains the callbacks for the Trainer and the functions that they are built on.
 """
 
 from lightning_qat_osc.batch_norm import batch_norm_divergence, reestimate_batch_norm

@@ -1,4 +1,4 @@
-"""Arguments of a forward: from one object, and with their quantized form in place."""
+"""Arguments of a forward pass: unpack them from one object, and replace them with their quantized values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["call_arguments", "given_arguments", "with_quantized_arguments"]
 
 
 def call_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a call, from a tuple, a dictionary or a single argument."""
+    """Return the positional and keyword arguments of a call, from a tuple, a dictionary or a single argument."""
     if isinstance(example_input, tuple):
         return example_input, {}
     if isinstance(example_input, Mapping):
@@ -23,20 +23,20 @@ def call_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
 def given_arguments(
     names: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[tuple[str, Any, str | None]]:
-    """The first arguments of a layer's forward, as far as they are given.
+    """Return the first arguments of a layer's forward, as far as they are given.
 
     Args:
         names: Names of the arguments, in their order.
         args: Positional arguments.
-        kwargs: The others.
+        kwargs: Keyword arguments.
 
     Returns:
-        Name and value of each, and the name of an argument before it that is the same object, or None.
+        For each argument its name, its value, and the name of an earlier argument that is the same object, or None.
     """
     given: list[tuple[str, Any, str | None]] = []
     for i, name in enumerate(names):
         if i >= len(args) and name not in kwargs:
-            break  # the layer's own forward says what is missing
+            break  # the layer's own forward raises for missing arguments
         x = args[i] if i < len(args) else kwargs[name]
         same = [other for other, y, _ in given if y is x]
         given.append((name, x, same[0] if same else None))
@@ -46,19 +46,19 @@ def given_arguments(
 def with_quantized_arguments(
     names: Iterable[str], quantize: Callable[[str, Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replace the first arguments of a layer's forward.
+    """Replace the first arguments of a layer's forward with their quantized values.
 
-    In self-attention one tensor is all three inputs: what is given as several arguments is quantized once, as the first
-    of them. Of a packed sequence the data are quantized.
+    In self-attention, one tensor is all three inputs: a tensor that is given as several arguments is quantized once, as
+    the first of them. For a packed sequence, ``data`` is quantized.
 
     Args:
         names: Names of the arguments, in their order.
-        quantize: Called with the name of an argument and its values.
+        quantize: Called with the name of an argument and its values; returns the quantized values.
         args: Positional arguments.
-        kwargs: The others.
+        kwargs: Keyword arguments.
 
     Returns:
-        Both, with what ``quantize`` returned in place.
+        The positional and the keyword arguments, with quantized values in place.
     """
     quantized: dict[str, Any] = {}
     for name, x, same_as in given_arguments(names, args, kwargs):

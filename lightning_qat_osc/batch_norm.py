@@ -18,9 +18,9 @@ __all__ = ["batch_norm_divergence", "batch_norm_layers", "batch_statistics", "re
 
 
 def batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch-norm layers of a model that keep running statistics, by name.
+    """Return the batch-norm layers of a model that update running statistics, by name.
 
-    Not those that are told to keep the ones they have, as Lightning's BaseFinetuning tells frozen layers.
+    Layers with ``track_running_stats=False``, such as those that Lightning's BaseFinetuning has frozen, are left out.
     """
     return {
         name: layer
@@ -33,22 +33,22 @@ def batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def batch_norm_divergence(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-    r"""KL divergence of each channel's population from the normal that the running statistics describe.
+    r"""Return the KL divergence of each channel's population from the normal with the running mean and variance.
 
     .. math::
         D(p \| q) = \log \frac{\sigma_2}{\sigma_1} + \frac{\sigma_1^2 + (\mu_1 - \mu_2)^2}{2 \sigma_2^2} - \frac{1}{2}
 
-    Source: Nagel et al., arXiv 2203.11086, Sec. 2.3.1, whose footnote prints the logarithm of the variances' ratio:
-    twice the right term.
+    Source: Nagel et al., arXiv 2203.11086, Sec. 2.3.1. Its footnote prints the logarithm of the ratio of variances
+    instead of standard deviations, which is twice the correct term.
 
     Args:
         mean: Mean of the population p, [C].
         var: Variance of the population p, [C].
-        running_mean: Mean that the layer normalises with, q, [C].
-        running_var: Variance that the layer normalises with, q, [C].
+        running_mean: Mean that the layer normalizes with, q, [C].
+        running_var: Variance that the layer normalizes with, q, [C].
 
     Returns:
-        Divergences in nats, [C]; 0 where two variances of 0 have one mean, huge where only the running one is 0.
+        Divergences in nats, [C]. 0 if both variances are 0 and the means equal; huge if only the running variance is 0.
     """
     tiny, huge = torch.finfo(var.dtype).tiny, torch.finfo(var.dtype).max
     ratio = (var.clamp_min(tiny) / running_var.clamp_min(tiny)).clamp_max(huge)
@@ -56,7 +56,7 @@ def batch_norm_divergence(mean: Tensor, var: Tensor, running_mean: Tensor, runni
 
 
 class _Moments:
-    """Count, mean and sum of squared deviations of everything seen so far, in double precision (Chan et al., 1983)."""
+    """Count, mean and sum of squared deviations of all values so far (Chan et al., 1983), in float64 except on MPS."""
 
     def __init__(self, like: Tensor) -> None:
         dtype = torch.float32 if like.device.type == "mps" else torch.float64
@@ -67,13 +67,13 @@ class _Moments:
     def merge(self, count: Tensor | float, mean: Tensor, m2: Tensor) -> None:
         total = self.count + count
         delta = mean - self.mean
-        share = torch.nan_to_num(count / total)  # 0 / 0: neither side has seen anything
+        share = torch.nan_to_num(count / total)  # 0 / 0 if neither side has seen any values
         self.m2 += m2 + delta.square() * (self.count * share)
         self.mean += delta * share
         self.count = total
 
     def merge_ranks(self) -> None:
-        """Merge with the other ranks' moments, in the order of the ranks, so that all end with the same bits."""
+        """Merge the moments of all ranks, in the order of the ranks, so that all get bitwise identical results."""
         mine = torch.cat([self.count.view(1), self.mean, self.m2])
         ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(ranks, mine)
@@ -90,10 +90,10 @@ class _Moments:
 
 @contextmanager
 def batch_statistics(layers: list[_BatchNorm]) -> Iterator[list[_Moments]]:
-    """Let layers normalise by each batch and collect its moments; afterwards layers and statistics are as before.
+    """Make layers normalize with batch statistics and collect their moments. Restore layers and statistics on exit.
 
-    In training mode with a momentum of 1 a layer leaves the mean and the unbiased variance of each batch in its running
-    statistics, which costs nothing beyond its forward pass.
+    In training mode with a momentum of 1, a layer stores the mean and the unbiased variance of each batch in its
+    running statistics, which costs nothing beyond its forward pass.
     """
     before = [(layer.training, layer.momentum, [b.clone() for b in layer.buffers(recurse=False)]) for layer in layers]
     moments = [_Moments(layer.running_mean) for layer in layers if layer.running_mean is not None]
@@ -101,7 +101,7 @@ def batch_statistics(layers: list[_BatchNorm]) -> Iterator[list[_Moments]]:
     try:
         for layer, m in zip(layers, moments):
             layer.train()
-            if not layer.training:  # frozen by a train() of its own, and to normalise as it does in training
+            if not layer.training:  # its own train() keeps it frozen, so it normalizes here as it does in training
                 continue
             layer.momentum = 1.0
             layer.reset_running_stats()  # a stale NaN would survive the multiplication by 0
@@ -110,12 +110,12 @@ def batch_statistics(layers: list[_BatchNorm]) -> Iterator[list[_Moments]]:
                 assert isinstance(bn, _BatchNorm)
                 assert bn.running_mean is not None
                 assert bn.running_var is not None
-                if output.numel() == 0 or not bn.training:  # a pass in evaluation mode estimates nothing
+                if output.numel() == 0 or not bn.training:  # a pass in evaluation mode has no batch statistics
                     return
                 mean, var = bn.running_mean.to(m.mean.dtype), bn.running_var.to(m.mean.dtype)
-                count = output.numel() // bn.num_features  # wherever a subclass has its channels
+                count = output.numel() // bn.num_features  # wherever a subclass puts its channels
                 if isinstance(bn, nn.SyncBatchNorm) and dist.is_initialized():
-                    count *= dist.get_world_size()  # its statistics are those of all ranks already
+                    count *= dist.get_world_size()  # its statistics already cover all ranks
                 m.merge(count, mean, var * (count - 1))
 
             handles.append(layer.register_forward_hook(collect))
@@ -140,21 +140,21 @@ def reestimate_batch_norm(
 ) -> dict[str, Tensor]:
     r"""Set batch-norm statistics to the mean and variance over some batches (arXiv 2203.11086, Sec. 2.3.1).
 
-    Each layer gets exactly the mean and the unbiased variance of everything that it normalised: those of the
-    concatenated batches, whatever their sizes, and of all ranks in a distributed run. The batch-norm layers see batch
-    statistics during the passes, as in training; every other module runs in evaluation mode. Weights, other buffers,
-    modes, and ``num_batches_tracked`` are as before, and so are the statistics of a layer that saw no batch. If a batch
-    raises, nothing has changed.
+    Each layer gets exactly the mean and the unbiased variance of all values that it normalized: those of the
+    concatenated batches, whatever their sizes, and of all ranks in a distributed run. During the passes, the batch-norm
+    layers use batch statistics, as in training, and all other modules run in evaluation mode. Weights, other buffers,
+    modes and ``num_batches_tracked`` do not change, nor do the statistics of a layer that saw no batch. If a pass
+    raises, nothing is changed.
 
     Args:
         module: The model.
         batches: Batches to estimate from, on the model's device.
-        forward: What to do with a batch; ``module(batch)`` if None.
+        forward: Function that runs the model on a batch; ``module(batch)`` if None.
         layers: The layers to re-estimate, by name; all that keep running statistics if None.
 
     Returns:
-        Layer name -> :func:`batch_norm_divergence` of the new statistics from the old ones, [C], each with the layer's
-        ``eps`` in its variance, as the layer normalises by it.
+        Layer name -> :func:`batch_norm_divergence` of the new statistics from the old ones, [C]. Both variances
+        include the layer's ``eps``, because the layer normalizes with it.
 
     Raises:
         ValueError: If there are no batches.

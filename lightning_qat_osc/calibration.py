@@ -21,13 +21,13 @@ __all__ = ["Calibrator"]
 
 
 class Calibrator:
-    """Initialises the ranges of a quantized model from the inputs that its layers see.
+    """Initializes the ranges of a quantized model from its weights and from the inputs that its layers see.
 
     Args:
         module: A model with quantizers.
-        config: What was asked of :func:`~lightning_qat_osc.quantize_model`.
-        optimized: The parameters that optimizers have, for which those that want a gradient stand in if there are none.
-            An average or a target network may want gradients that nobody uses.
+        config: The configuration given to :func:`~lightning_qat_osc.quantize_model`.
+        optimized: The parameters that optimizers hold; if there are none, all that require grad count as trained. The
+            parameters of an average or a target network may require grad although no optimizer updates them.
     """
 
     def __init__(self, module: nn.Module, config: QuantConfig, optimized: Iterable[Tensor] = ()) -> None:
@@ -49,20 +49,20 @@ class Calibrator:
         """Watch every forward pass inside the context.
 
         Args:
-            weights: Watch what is done to weights, too: not for a context in which optimizers move them.
+            weights: Also watch what is done to weights; False for a context in which optimizers update them.
         """
         return self._seen.observe(weights=weights)
 
     def finish(self) -> list[str]:
         """Set the bits of the first and the last layer and the range of every quantizer that has none yet.
 
-        Every rank of a distributed run ends with the same ranges, those of all the batches together.
+        Every rank of a distributed run ends with the same ranges, computed from the batches of all ranks.
 
         Returns:
-            Warnings, a sentence each.
+            Warnings, one sentence each.
 
         Raises:
-            ValueError: If ``recompute`` asks for a weight again that its layer changes where autograd does not see it.
+            ValueError: If ``recompute`` is set for a layer that changes its quantized weight unseen by autograd.
         """
         self._seen.finish()
         self._check_recomputation()
@@ -80,9 +80,9 @@ class Calibrator:
         return warnings
 
     def _of_untrained(self, copies: Collection[str]) -> Iterator[str]:
-        """A warning of layers that nobody trains, but for those of backbones, and one of copies of trained layers."""
+        """Yield warnings about layers that are not trained, except backbones, and about copies of trained layers."""
         if dist.is_available() and dist.is_initialized():
-            return  # DDP has to be told of teachers before it waits for them
+            return  # under DDP, warn_of_teachers warns earlier, before DDP waits for gradients
         part_of, arrived = self._seen.part_of, self._seen.flow.arrived
         fixed = [
             name
@@ -92,11 +92,11 @@ class Calibrator:
         followers = [name for name in fixed if name in copies]
         beside = {part_of[name] for name in followers}
         others = [name for name in fixed if part_of[name] not in beside]
-        # what is behind adapters in a network that nothing goes around, as with LoRA, is no teacher
+        # if no data bypasses the untrained layers, those that follow adapters, as with LoRA, are not a teacher
         adapted = set() if self._seen.flow.bypassed else {name.partition(".")[0] for name in self._trained}
         unread = [n for n in others if part_of[n] not in arrived and n.partition(".")[0] not in adapted]
         sizes = Counter(part_of[name] for name in others)
-        # a network, and no table of positions or the like
+        # more than one layer: a network, and not a position table or the like
         read = [name for name in others if part_of[name] in arrived and sizes[part_of[name]] > 1]
         teacher = "are of a teacher or a loss network, whose outputs are to stay as they are, leave them"
         if unread:
@@ -122,7 +122,7 @@ class Calibrator:
         return f"in full precision with LayerRule(pattern='{pattern}', weight_bits=None, activation_bits=None)."
 
     def _of_weights(self) -> Iterator[str]:
-        """Warnings of weights that are not used as their quantizers have them."""
+        """Yield warnings about weights that are also used in full precision or changed after quantization."""
         for name, reader in self._seen.weights.read_outside.items():
             yield (
                 f"The weight of layer '{name}' is also read outside of the layer, by {reader}, in full precision there."
@@ -163,13 +163,13 @@ class Calibrator:
             )
 
     def _set_bits_of(self, copies: Mapping[str, str]) -> dict[InputQuantizer, InputQuantizer]:
-        """Give copies their originals' bits, with which averages of scales fit both.
+        """Give copies the bits of their originals, so that averages of scales fit both.
 
         Args:
             copies: Layer of an untrained copy of the network -> the original.
 
         Returns:
-            Quantizers of inputs that nobody saw -> those of the originals.
+            Quantizers of inputs that calibration did not see -> those of the originals.
         """
         unseen: dict[InputQuantizer, InputQuantizer] = {}
         for name, of in copies.items():
@@ -187,7 +187,7 @@ class Calibrator:
         return unseen
 
     def _calibrate(self, name: str, layer: QuantizedLayer, followers: Collection[InputQuantizer]) -> Iterator[str]:
-        """Set the ranges of a layer, but for inputs that follow others, and say what was wrong."""
+        """Set the ranges of a layer, except for inputs that take over another range, and yield problems."""
         for parameter, w in layer.weight_quantizers().items():
             if w.calibrated or w.bits is None:
                 continue
@@ -208,4 +208,5 @@ class Calibrator:
             if problem is not None:
                 yield problem
             if not q.calibrated:
-                q.set_bits(None)  # for good, also after a resume; or it is the same tensor as an argument before it
+                # in full precision also after a resume; an input that repeats an earlier argument needs no range
+                q.set_bits(None)

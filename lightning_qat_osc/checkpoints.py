@@ -1,4 +1,4 @@
-"""What a checkpoint says of its quantized weights, without the class of the module that it is of."""
+"""Inspection of the quantized weights in a checkpoint, without the class of the module."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class CheckpointWeight:
     """One weight of a checkpoint.
 
     Attributes:
-        name: Its layer; where the layer has several, ``layer.parameter``.
-        shape: Its shape; empty where the checkpoint does not hold it, because its layer computes it from others.
-        bits: Its width, None for full precision.
-        scale: Its scale, the mean of the scales per channel; None for full precision.
-        activation_bits: Width of each of the layer's inputs, None for full precision.
-        oscillating: Share of the weights with a frequency above 0.005, None where they were not tracked.
-        frozen: Share of the weights that are frozen, None where they were not tracked.
-        sqnr: Signal-to-quantization-noise ratio in dB, None where there is nothing to compare.
-        float_bytes: Size in floating point.
-        packed_bytes: Size at its bits, with its scales.
+        name: Name of its layer; ``layer.parameter`` if the parameter is not called ``weight``.
+        shape: Its shape; empty if the checkpoint does not contain it, because its layer computes it from others.
+        bits: Its bit width, None for full precision.
+        scale: Its scale, or the mean of its scales per channel; None for full precision.
+        activation_bits: Bit width of each of the layer's inputs, None for full precision.
+        oscillating: Share of the elements with a frequency above 0.005, None if they were not tracked.
+        frozen: Share of the elements that are frozen, None if they were not tracked.
+        sqnr: Signal-to-quantization-noise ratio in dB, None if there is nothing to compare.
+        float_bytes: Size in floating point, in bytes.
+        packed_bytes: Size at its bit width, in bytes, including its scales.
     """
 
     name: str
@@ -55,7 +55,7 @@ class CheckpointWeight:
 
 @dataclass(frozen=True)
 class _Grid:
-    """A quantizer in a state_dict: key without ``.grid``, what it quantizes and how."""
+    """A quantizer in a state_dict: its key without ``.grid``, what it quantizes, and its grid."""
 
     key: str
     layer: str
@@ -70,14 +70,14 @@ class _Grid:
 def read_checkpoint(
     path: str | PathLike[str], *, weights_only: bool = True
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A checkpoint of a quantized module, and the state_dict in it, on the CPU.
+    """Read a checkpoint of a quantized module, and return it and the state_dict in it, on the CPU.
 
     Args:
-        path: A checkpoint of Lightning, or a saved state_dict.
-        weights_only: Read nothing but tensors and plain values.
+        path: A Lightning checkpoint, or a saved state_dict.
+        weights_only: Read only tensors and plain values.
 
     Raises:
-        ValueError: If it cannot be read, or has no quantizers.
+        ValueError: If the file cannot be read, or has no quantizers.
     """
     checkpoint = read_tensors(path, map_location="cpu", weights_only=weights_only)
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
@@ -110,23 +110,23 @@ def _grids(state: Mapping[str, Tensor]) -> Iterator[_Grid]:
 
 
 def inspect_checkpoint(path: str | PathLike[str], *, weights_only: bool = True) -> list[CheckpointWeight]:
-    """The weights of the quantized layers of a checkpoint, in the order of its layers; shared ones once.
+    """Return the weights of the quantized layers of a checkpoint, in the order of its layers; shared weights once.
 
     Args:
-        path: A checkpoint of Lightning, from the end of training or the middle, or a saved state_dict.
-        weights_only: Read nothing but tensors and plain values. False for a trusted checkpoint with other objects.
+        path: A Lightning checkpoint, from the end or the middle of training, or a saved state_dict.
+        weights_only: Read only tensors and plain values. Use False for a trusted checkpoint with other objects.
 
     Returns:
-        One line for each weight, and for each layer of which only inputs are quantized.
+        One entry for each weight, and one for each layer in which only inputs are quantized.
 
     Raises:
-        ValueError: If the checkpoint has no quantizers.
+        ValueError: If the checkpoint cannot be read, or has no quantizers.
     """
     return inspect_state(read_checkpoint(path, weights_only=weights_only)[1])
 
 
 def inspect_state(state: Mapping[str, Tensor]) -> list[CheckpointWeight]:
-    """:func:`inspect_checkpoint` of a state_dict that is read already."""
+    """Do the same as :func:`inspect_checkpoint`, for a state_dict that is already loaded."""
     layers: dict[str, list[_Grid]] = {}
     for grid in _grids(state):
         layers.setdefault(grid.layer, []).append(grid)
@@ -188,7 +188,7 @@ def _share(metric: type[OscillatingShare] | type[FrozenShare], name: str, histor
 
 
 def format_weights(weights: list[CheckpointWeight]) -> str:
-    """The weights of a checkpoint as a table for people, with the sizes of all of them in the last line."""
+    """Format the weights of a checkpoint as a readable table, with the total sizes in the last line."""
 
     def text(value: float | None, form: str = "", none: str = "") -> str:
         return none if value is None else format(value, form)
@@ -222,10 +222,10 @@ def _size(octets: int) -> str:
 
 
 def config_of_state(state: Mapping[str, Tensor]) -> QuantConfig:
-    """A configuration under which a module gets the quantizers that a state_dict has.
+    """Return a configuration that gives a module the quantizers that a state_dict has.
 
-    For checkpoints that do not say how they were configured, such as those saved with ``save_weights_only=True``. Each
-    layer has a rule of its own.
+    For checkpoints that do not contain their configuration, such as those saved with ``save_weights_only=True``. Each
+    layer gets a rule of its own.
 
     Args:
         state: The state_dict of a quantized module.
@@ -238,7 +238,7 @@ def config_of_state(state: Mapping[str, Tensor]) -> QuantConfig:
         if grid.layer not in aliases:
             bits = layers.setdefault(grid.layer, {})
             what = "weight_bits" if grid.is_weight else "activation_bits"
-            bits[what] = bits.get(what) or grid.bits  # of several arguments one may have none, being the same tensor
+            bits[what] = bits.get(what) or grid.bits  # one of several inputs may have no bits, as a repeated tensor
     rules = tuple(
         LayerRule(
             pattern=glob.escape(layer),
@@ -257,9 +257,9 @@ def config_of_state(state: Mapping[str, Tensor]) -> QuantConfig:
 
 
 def _aliases(state: Mapping[str, Tensor]) -> set[str]:
-    """Second names of layers: all that is under them is also under the first.
+    """Return second names of layers: all tensors under such a name are also under the first.
 
-    Not where that is a weight alone, which two embeddings may share.
+    Layers that share only their weight, as two embeddings may, are not included.
     """
     found: dict[frozenset[int], str] = {}
     aliases = set()

@@ -1,4 +1,4 @@
-"""Checks of arguments, whose errors name the argument, the rule and the value."""
+"""Argument checks. Their errors name the argument, the rule and the value."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = [
 
 
 def check_bits(name: str, value: object, *, none: str | None = None, default_allowed: bool = False) -> None:
-    """Refuse a bit width that is none.
+    """Raise if a value is not a valid bit width.
 
     Args:
         name: The argument's name.
         value: Its value.
-        none: What None stands for; None if it is refused.
-        default_allowed: Whether "default" is taken.
+        none: What the value None stands for, for the message; None if that value is not allowed.
+        default_allowed: Whether "default" is allowed.
 
     Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is outside 2 to 8.
+        TypeError: If the value is not an integer.
+        ValueError: If the value is outside 2 to 8.
     """
     if (none is not None and value is None) or (default_allowed and value == "default"):
         return
@@ -45,11 +45,11 @@ def check_bits(name: str, value: object, *, none: str | None = None, default_all
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse what does not count something.
+    """Raise if a value is not a positive integer.
 
     Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is below 1.
+        TypeError: If the value is not an integer.
+        ValueError: If the value is below 1.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -60,11 +60,11 @@ def check_count(name: str, value: object) -> None:
 def check_number(
     name: str, value: object, *, low: float, high: float = math.inf, low_open: bool = False, high_open: bool = False
 ) -> None:
-    """Refuse a number outside ``[low, high]`` (or one open at an end), infinity and NaN.
+    """Raise if a value is not a finite number in ``[low, high]``, where either end may be open.
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it is outside.
+        TypeError: If the value is not a number.
+        ValueError: If the value is outside the interval, infinite or NaN.
     """
     interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or math.isinf(high) else ']'}"
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -77,31 +77,31 @@ def check_number(
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """Refuse a value that is not one of a Literal's.
+    """Raise if a value is not one of the choices of a Literal.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If the value is not a choice.
     """
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
 
 
 def check_flag(name: str, value: object) -> None:
-    """Refuse what is neither True nor False.
+    """Raise if a value is neither True nor False.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If the value is not a bool.
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_file(name: str, value: object) -> None:
-    """Refuse what is no path of a file.
+    """Raise if a value cannot be the path of a file.
 
     Raises:
-        TypeError: If it is no path.
-        ValueError: If it is a folder.
+        TypeError: If the value is not a path.
+        ValueError: If the path is a folder.
     """
     if not isinstance(value, (str, PathLike)):
         raise TypeError(f"{name} must be the path of a file, got {value!r}")
@@ -110,10 +110,10 @@ def check_file(name: str, value: object) -> None:
 
 
 def check_module(name: str, value: object) -> None:
-    """Refuse what is no module, the class of one included.
+    """Raise if a value is not a module. A module class instead of an instance is not allowed either.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If the value is not a module.
     """
     if isinstance(value, type) and issubclass(value, nn.Module):
         raise TypeError(f"{name} must be a module, got the class {value.__name__}: make one, {value.__name__}(...)")
@@ -122,10 +122,10 @@ def check_module(name: str, value: object) -> None:
 
 
 def check_function(name: str, value: object) -> None:
-    """Refuse what cannot be called, but for None, which stands for no function.
+    """Raise if a value cannot be called. None is allowed and stands for no function.
 
     Raises:
-        TypeError: If it cannot.
+        TypeError: If the value is neither callable nor None.
     """
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function, got {value!r}")

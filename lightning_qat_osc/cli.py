@@ -1,4 +1,4 @@
-"""The command ``lightning-qat-osc``: look into a checkpoint, export it, and compare what came out."""
+"""The command ``lightning-qat-osc``: inspect a checkpoint, export it, and compare the outputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lightning_qat_osc.tables import table
 
 __all__ = ["main"]
 
-_SHOWN = 8  # values of an output
+_SHOWN = 8  # number of output values to print
 _TOLD = (
     ValueError,
     TypeError,
@@ -42,7 +42,7 @@ _TOLD = (
     AttributeError,
     OSError,
     UnpicklingError,
-    argparse.ArgumentError,  # of modules that LightningCLI has made
+    argparse.ArgumentError,  # from modules that LightningCLI has created
 )
 
 
@@ -50,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: Those of the command line, without the program's name; ``sys.argv``'s if None.
+        arguments: The command-line arguments, without the program's name; those of ``sys.argv`` if None.
 
     Returns:
-        0, or 1 after an error, which is told on standard error.
+        0, or 1 after an error, which is printed to standard error.
     """
     options = _parser().parse_args(arguments)
     if os.getcwd() not in sys.path:
@@ -175,12 +175,12 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _difference(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]], name: str) -> Difference | None:
-    """How a layer's outputs differ; None for one that ran in one of two, or on another number of values."""
+    """Return how a layer's outputs differ; None if it ran in only one model, or on different numbers of values."""
     if name not in one or name not in other:
         return None
     try:
         return difference(one[name], other[name])
-    except ValueError:  # as where a router has sent it other samples
+    except ValueError:  # different sizes, as when a router sends the layer other samples
         if name == OUTPUT:
             raise
         return None
@@ -191,7 +191,7 @@ def _texts(found: Difference | None) -> tuple[str, str]:
 
 
 def _load(options: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
-    """The quantized module of a checkpoint in evaluation mode, and the part of it that is asked for."""
+    """Return the quantized module of a checkpoint, in evaluation mode, and the submodule that --network names."""
     if not isinstance(options.module_args, dict):
         raise ValueError(f"--module-args must be a JSON object, got {options.module_args}")
     checkpoint, state = read_checkpoint(options.checkpoint, weights_only=not options.trusted)
@@ -220,7 +220,7 @@ def _class(path: str) -> type[nn.Module]:
 
 
 def _read_arguments(path: Path) -> Any:
-    """What a file says that forward takes: one argument, a tuple of them, or a dictionary of keyword arguments."""
+    """Read the arguments of forward from a file: one argument, a tuple, or a dictionary of keyword arguments."""
     if path.suffix in (".npy", ".npz"):
         try:
             with path.open("rb") as file:
@@ -248,7 +248,7 @@ def _exported_outputs(
     if path.suffix == ".pt2":
         register_operators()
         with path.open("rb") as file:
-            if not is_zipfile(file):  # of which torch would tell by itself, too
+            if not is_zipfile(file):  # torch would print a message of its own, too
                 raise ValueError(f"{path} cannot be read: it is damaged, or none that torch.export has saved")
         try:
             program = torch.export.load(path)
@@ -266,7 +266,7 @@ def _run_onnx(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
         raise ImportError('comparing with ONNX needs onnxruntime: pip install "lightning-qat-osc[onnx]"') from error
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # of its own, one class for each reason
+    except Exception as error:  # onnxruntime has its own class for each reason
         raise RuntimeError(f"{path} cannot be read: {error}") from error
     names = [given.name for given in session.get_inputs()]
     inputs = {name: x for name, x in kwargs.items() if name in names and isinstance(x, Tensor)}

@@ -16,21 +16,21 @@ Granularity = Literal["per_tensor", "per_channel"]
 """One scale for the whole tensor, or one for each output channel."""
 
 Bits = int | None | Literal["default"]
-"""A width of 2 to 8, None for full precision, or "default" for what the rest of the model has."""
+"""A width of 2 to 8, None for full precision, or "default" for the setting of the whole model."""
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """Bits for the layers that it names, in place of the model's and of those of the first and last layer.
+    """Bits for the layers that it matches. They override the bits of the model and ``first_last_bits``.
 
     Args:
-        pattern: Layer names with the wildcards ``*``, ``?`` and ``[...]``, such as ``features.*``. None: all.
-        layer_type: Name of the layers' class or of one it derives from, such as ``Conv2d``. None: all.
-        weight_bits: Bits of the weights, 2 to 8; None leaves them in full precision; "default": as the rest.
-        activation_bits: Bits of the inputs, likewise. Both None leaves the layer as it is.
+        pattern: Layer names with the wildcards ``*``, ``?`` and ``[...]``, such as ``features.*``. None matches all.
+        layer_type: Name of the layers' class or of a base class of it, such as ``Conv2d``. None matches all.
+        weight_bits: Bits of the weights, 2 to 8. None leaves them in full precision; "default" keeps the model's bits.
+        activation_bits: Bits of the inputs, with the same choices. If both are None, the layer is not quantized.
 
     Raises:
-        TypeError: If a bit width is not an integer, or ``pattern`` or ``layer_type`` no string.
+        TypeError: If a bit width is not an integer, or ``pattern`` or ``layer_type`` is not a string.
         ValueError: If a bit width is out of range, neither a pattern nor a type is given, or the rule sets nothing.
     """
 
@@ -54,7 +54,7 @@ class LayerRule:
             raise ValueError(f"a LayerRule must set weight_bits or activation_bits, got {self}")
 
     def matches(self, name: str, layer_class: type) -> bool:
-        """Whether the rule holds for a layer of this name and class."""
+        """Whether the rule applies to a layer of this name and class."""
         if self.pattern is not None and not fnmatchcase(name, self.pattern):
             return False
         return self.layer_type is None or self.layer_type in {c.__name__ for c in layer_class.__mro__}
@@ -68,14 +68,14 @@ class QuantConfig:
         weight_bits: Bits of the weights, 2 to 8; None leaves them in full precision.
         activation_bits: Bits of the layers' inputs, 2 to 8; None leaves them in full precision.
         first_last_bits: Bits of the first and the last layer that a forward pass executes; the first layer's input
-            stays in full precision. None: like the rest, input included.
+            stays in full precision. None treats both layers, and the first layer's input, like all others.
         weight_granularity: One weight scale per tensor, or one per output channel.
-        weight_range: How weight ranges are initialised.
-        activation_range: How activation ranges are initialised.
+        weight_range: How weight ranges are initialized.
+        activation_range: How activation ranges are initialized.
         rules: Exceptions by layer name or type.
 
     Raises:
-        TypeError: If a bit width is not an integer, or a rule no LayerRule.
+        TypeError: If a bit width is not an integer, or ``rules`` is not a sequence of LayerRule objects.
         ValueError: If a bit width is out of range, a choice is unknown, or there is nothing to quantize.
     """
 
@@ -91,7 +91,7 @@ class QuantConfig:
         """Validate."""
         if not isinstance(self.rules, Sequence):
             raise TypeError(f"rules must be a list of LayerRule objects, got {self.rules!r}")
-        object.__setattr__(self, "rules", tuple(self.rules))  # a list and a tuple of the same rules ask for the same
+        object.__setattr__(self, "rules", tuple(self.rules))  # a list and a tuple of the same rules are equal
         check_bits("weight_bits", self.weight_bits, none="full precision")
         check_bits("activation_bits", self.activation_bits, none="full precision")
         check_bits("first_last_bits", self.first_last_bits, none="those of the other layers")
@@ -109,16 +109,16 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
-        """The configuration that :meth:`to_dict` wrote."""
+        """Return the configuration from the output of :meth:`to_dict`."""
         return cls(**{**values, "rules": [LayerRule(**rule) for rule in values.get("rules", ())]})
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as it comes back from a file: dictionaries, lists and numbers."""
+        """Return the configuration as plain data for a file: dictionaries, lists, strings and numbers."""
         return {**asdict(self), "rules": [asdict(rule) for rule in self.rules]}
 
 
 def config_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two configurations, in words; empty where nothing does."""
+    """Describe the differences between two configurations; the text is empty if there are none."""
     return "; ".join(
         f"{key}: {before.get(key)!r} before, {now[key]!r} now" for key in now if before.get(key) != now[key]
     )

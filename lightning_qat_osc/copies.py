@@ -1,4 +1,4 @@
-"""Copies of a network that a model keeps beside it and does not train, such as an exponential moving average."""
+"""Untrained copies of a network that a model contains next to it, such as an exponential moving average."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from lightning_qat_osc.sharding import is_sharded
 __all__ = ["untrained_copies"]
 
 Network = dict[str, nn.Module]
-"""Layers by their name inside of the network."""
+"""Layers by their names inside the network."""
 
-_NEAR = 0.5  # relative distance of two weights; it is 1.4 between independent ones
+_NEAR = 0.5  # largest relative distance of two near weights; independent weights are about 1.4 apart
 
 
 def untrained_copies(layers: Mapping[str, nn.Module], trained: Collection[str], *, near: bool = True) -> dict[str, str]:
-    """The layers of copies of a trained network, and what each is a copy of.
+    """Find the layers of untrained copies of a trained network, and the layer that each is a copy of.
 
-    A copy holds several layers, of the same names, classes and shapes as the original's, with weights near to its, and
-    trains none of them. Two entries of one container, such as the blocks of a transformer, are no copies. Sharded
-    weights, of which each process sees a part, are not compared.
+    A copy contains several layers, none of them trained, with the same names, classes and shapes as the original's and
+    with weights near the original's. Two entries of one container, such as the blocks of a transformer, are not copies.
+    Lazy layers and those with sharded weights, of which each process sees only a part, are left out.
 
     Args:
         layers: The layers of a model, by name.
-        trained: Names of those with parameters that are trained.
-        near: Compare weights, which are somewhere. False: go by structure, for whole networks and no parts of them.
+        trained: Names of the layers with parameters that are trained.
+        near: Compare weights, too; those on the meta device are never near. False: compare only the structure, and only
+            of whole networks, not of parts of them.
 
     Returns:
         Name of a layer of a copy -> name of the layer in the original.
     """
-    networks: dict[str, Network] = {}  # those around others first
+    networks: dict[str, Network] = {}  # outer networks before those inside them
     for name, layer in layers.items():
         if any(is_lazy(p) or is_sharded(p) for p in layer.parameters()):
             continue
@@ -55,14 +56,14 @@ def untrained_copies(layers: Mapping[str, nn.Module], trained: Collection[str], 
         parts = prefix.split(".")
         around = (networks[".".join(parts[:i])] for i in range(1, len(parts)) if not is_trained[".".join(parts[:i])])
         if not near and any(len(other) > len(network) for other in around):
-            continue  # a part of a network in which nothing is trained, as the attention in a frozen encoder
+            continue  # part of a larger network that is not trained, as the attention in a frozen encoder
         structure = _structure(network)
         candidates = [
             (f"{original}.", networks[original])
             for original in originals.get(structure, [])
             if not _in_one_container(prefix, original)
         ]
-        beside = {name: layers[name] for name in network if name in layers}  # the model itself, without its copy
+        beside = {name: layers[name] for name in network if name in layers}  # layers of the model itself
         if len(beside) > 1 and _structure(beside) == structure and not beside.keys().isdisjoint(trained):
             candidates.append(("", beside))
         for original, its in candidates:
@@ -78,7 +79,7 @@ def _structure(network: Network) -> object:
 
 
 def _in_one_container(one: str, other: str) -> bool:
-    """Whether two names part at numbers, as blocks.0 and blocks.1 do, or block1 and block2."""
+    """Whether two names first differ only in numbers, as blocks.0 and blocks.1 do, or block1 and block2."""
     parting = next(((a, b) for a, b in zip(one.split("."), other.split(".")) if a != b), ("", ""))
     return len({re.sub(r"\d+", "0", name) for name in parting}) == 1
 

@@ -1,4 +1,4 @@
-"""What becomes of weights and of layers' outputs in a forward pass, function by function."""
+"""Tracking of weights and layer outputs through the functions that a forward pass calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_qat_osc.sharding import is_sharded
 
 __all__ = ["FollowsOutputs", "WatchesWeights"]
 
-# what leaves a quantized weight on its grid: the layers' own functions, products, and other views of the same values
+# functions that keep a quantized weight on its grid: the layers' own, products, and those that return the same values
 _LAYER_FUNCTION = re.compile("conv|linear|embedding|lstm|gru|rnn|attention")
 _PRODUCTS = "matmul __matmul__ __rmatmul__ mm bmm mv addmm addmv baddbmm einsum tensordot"
 _CASTS = "to type type_as float half double bfloat16 cpu cuda clone detach contiguous __get__"
@@ -32,7 +32,7 @@ _IN_PLACE = re.compile(
 _SAME_VALUES = frozenset(f"{_CASTS} {_VIEWS}".split())
 
 _READ_ONE = frozenset(["type_as", "view_as", "reshape_as", "expand_as", "to"])
-"""Functions that read the values of their first argument alone."""
+"""Functions that read only the values of their first argument."""
 
 
 def _keeps_the_grid(function: str) -> bool:
@@ -44,13 +44,13 @@ def _is_in_place(function: str) -> bool:
 
 
 def _hands_over(func: Any, function: str) -> bool:
-    """Whether a function hands a weight over, or is told which it is, and computes nothing with it."""
+    """Whether a function only copies, detaches or refers to a weight, and computes nothing with it."""
     attribute = getattr(getattr(func, "__self__", None), "__name__", "") if function == "__get__" else ""
     return function in ("detach", "copy_", "grad", "backward") or attribute in ("data", "grad")
 
 
 def _address(x: Tensor) -> int:
-    """Where a tensor's values begin; 0 where they have no one place: sparse, nested, sharded, within torch.func."""
+    """Return a tensor's address in memory; 0 if it has none, or several: sparse, nested, sharded, in torch.func."""
     try:
         return 0 if is_sharded(x) else x.data_ptr()
     except RuntimeError:
@@ -64,7 +64,7 @@ def _share_memory(x: object, other: Tensor) -> bool:
 
 
 def _values_read(function: str, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors whose values a function reads: not those that only tell it a shape or a type."""
+    """Return the tensors whose values a function reads, without those that only provide a shape or a type."""
     if function.startswith("new_") or function.endswith("_like"):
         return []
     read = args[:1] if function in _READ_ONE else (args, kwargs)
@@ -76,16 +76,17 @@ def _written_by_a_hook(layer: nn.Module, parameter: str) -> bool:
 
 
 class WatchesWeights(TorchFunctionMode):
-    """Notes what is done to quantized weights besides their layer's own function.
+    """Records uses of quantized weights other than by their layer's own function.
 
     Args:
         weights: Latent weight -> its name.
-        running: The layers whose forward runs, innermost last, with their names.
+        running: Names and layers whose forward is running, the innermost last; the caller updates this list.
 
     Attributes:
         read_outside: Name of a weight -> the function that reads it outside of its layer, in full precision there.
         changed_inside: Name of a layer -> the function that computes another weight from its quantized one.
-        changed_unseen: Name of a layer -> the function that changes its quantized weight past autograd, through .data.
+        changed_unseen: Name of a layer -> the function that changes its quantized weight unseen by autograd, as
+            through ``.data``.
     """
 
     def __init__(self, weights: Mapping[nn.Parameter, str], running: list[tuple[str, nn.Module]]) -> None:
@@ -99,7 +100,7 @@ class WatchesWeights(TorchFunctionMode):
         self._aliases = WeakTensorKeyDictionary()  # tensor with the values of a quantized weight -> the layer's name
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at the arguments of a function."""
+        """Run a function, and record what it does to weights among its arguments."""
         function = getattr(func, "__name__", str(func))
         in_place = bool(args) and _is_in_place(function)
         read = _values_read(function, args, kwargs)
@@ -126,7 +127,7 @@ class WatchesWeights(TorchFunctionMode):
         return out
 
     def _weight_read_by(self, function: str, x: Tensor) -> str | None:
-        """The name of the weight that an argument is, or, for what networks compute with, that it was detached from."""
+        """Return the name of the weight that ``x`` is, or, in products and layer functions, whose memory it shares."""
         if isinstance(x, nn.Parameter):
             return self._weights.get(id(x))
         if function not in _MULTIPLIES and not _LAYER_FUNCTION.search(function):
@@ -135,38 +136,39 @@ class WatchesWeights(TorchFunctionMode):
         return next((name for start, end, name in self._addresses if start <= address < end), None)
 
     def _quantized_weights(self) -> list[tuple[Tensor, str]]:
-        """What stands for the weights of the layer whose forward runs, and its name."""
+        """Return the quantized weights of the layer whose forward is running, each with the layer's name."""
         if not self._running:
             return []
         name, layer = self._running[-1]
-        # not weights that a hook of pruning or a norm writes: their latent value is an attribute, too
+        # without weights that a pruning or norm hook writes: their latent values are instance attributes as well
         own = [p for p in getattr(layer, "parameter_quantizers", ()) if not _written_by_a_hook(layer, p)]
         return [(layer.__dict__[p], name) for p in own if isinstance(layer.__dict__.get(p), Tensor)]
 
     def _layer_of(self, x: Tensor, weights: list[tuple[Tensor, str]]) -> str | None:
-        """The layer, of those that run, whose quantized weight a tensor is, or another view or a copy of."""
+        """Return the running layer whose quantized weight ``x`` is, or is a view, a cast or a copy of; else None."""
         aliases: Any = self._aliases
-        alias = aliases.get(x)  # one that a layer returns is an output like others
+        alias = aliases.get(x)  # once its layer has returned, an alias is an ordinary output
         return next((name for w, name in weights if x is w), alias if alias in dict(self._running) else None)
 
 
 class FollowsOutputs(TorchFunctionMode):
-    """Follows what layers compute that are not trained, to the layers that are.
+    """Follows the outputs of untrained layers to the trained layers that read them.
 
     Attributes:
-        arrived: Children of the model whose untrained layers' outputs, or what was computed from them, a trained layer
-            has read.
-        bypassed: Whether a trained layer has read nothing of the kind, but the batch: then the others are beside it.
+        arrived: Parts of the model whose untrained layers' outputs, or values computed from them, a trained layer has
+            read.
+        bypassed: Whether some trained layer has read no such values, but only others, such as the batch. The untrained
+            layers then run beside it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.arrived: frozenset[str] = frozenset()
         self.bypassed = False
-        self._sources = WeakTensorKeyDictionary()  # tensor -> children of the model
+        self._sources = WeakTensorKeyDictionary()  # tensor -> parts of the model
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Mark what was computed from what is followed."""
+        """Run a function, and mark its results if they are computed from marked tensors."""
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         sources = self._of(_values_read(name, args, kwargs)) if len(self._sources) > 0 else frozenset()
@@ -176,11 +178,11 @@ class FollowsOutputs(TorchFunctionMode):
         return out
 
     def leave(self, child: str, output: Any) -> None:
-        """Note the output of a layer that is not trained."""
+        """Mark the output of an untrained layer."""
         self._add(output, frozenset({child}))
 
     def arrive(self, inputs: Any) -> None:
-        """Note the inputs of a layer that is."""
+        """Record which parts of the model the inputs of a trained layer come from."""
         sources = self._of(inputs)
         self.arrived |= sources
         self.bypassed |= not sources

@@ -1,4 +1,4 @@
-"""Deep copies of modules, whatever training and compilers have left on them."""
+"""Deep copies of modules, even if training or compilers have left tensors and functions on them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copied(module: Module) -> Module:
-    """A deep copy, also of a module on which a forward pass has left tensors.
+    """Return a deep copy, even of a module on which a forward pass has left tensors.
 
     Raises:
         TypeError: If an attribute cannot be copied; the message names it.
     """
-    # such a tensor (a loss, a list of them, the weight of a norm) has a graph, and cannot be copied as it is
+    # such tensors (a loss, a list of losses, the weight of a norm) belong to a graph, and deepcopy refuses them
     kept = [x for m in module.modules() for x in pytree.tree_leaves(list(vars(m).values())) if isinstance(x, Tensor)]
     copies = {id(t): t.detach().clone() for t in kept if not t.is_leaf}
     try:
@@ -33,9 +33,9 @@ def copied(module: Module) -> Module:
 
 
 def _forget_compiled_calls(attributes: dict[str, Any]) -> None:
-    """Drop compiled methods from a copy: functions are copied as they are, and these go on calling the original's."""
+    """Drop compiled methods from a copy: deepcopy does not copy functions, so they would still call the original's."""
     attributes.pop("_compiled_call_impl", None)
-    lightnings = attributes.get("_compiler_ctx")  # of trainer.fit(torch.compile(module))
+    lightnings = attributes.get("_compiler_ctx")  # set by trainer.fit(torch.compile(module))
     if lightnings is not None:
         for key in lightnings:
             if key.startswith("original_"):
@@ -44,7 +44,7 @@ def _forget_compiled_calls(attributes: dict[str, Any]) -> None:
 
 
 def _because_of(module: nn.Module, copies: Mapping[int, Tensor]) -> str:
-    """The attribute that keeps a module from being copied."""
+    """Name the attribute that keeps a module from being copied; empty if none is found."""
     of_any_module = vars(nn.Module())
     for name, m in module.named_modules():
         for key, value in vars(m).items():

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and those that torch has written."""
+"""Reading files that torch has written, and writing files atomically."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["read_tensors", "written_whole"]
 
 
 def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: bool) -> Any:
-    """``torch.load``, with an error that says what to do. Paths with ``://`` are fsspec's, as Lightning takes them.
+    """Call ``torch.load``, with errors that say what to do. Paths with ``://`` are opened by fsspec, as in Lightning.
 
     Raises:
-        OSError: If the file is not there, or is not to be read.
-        ValueError: If it is a folder, as sharded checkpoints are, is no pickle, or holds objects of classes that
-            ``weights_only`` forbids.
+        OSError: If the file does not exist or may not be read.
+        ValueError: If the path is a folder, as for sharded checkpoints, or the file is damaged, is not a pickle, or
+            holds objects of classes that ``weights_only`` forbids.
     """
     if os.path.isdir(path):
         raise ValueError(
@@ -34,14 +34,14 @@ def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: 
         if "://" in os.fspath(path):
             with fsspec.open(os.fspath(path), "rb") as file:
                 return torch.load(file, map_location=map_location, weights_only=weights_only)
-        with open(path, "rb") as file:  # what is wrong from here on is wrong in it
+        with open(path, "rb") as file:  # errors after this are about its content
             file.read(1)
         return torch.load(path, map_location=map_location, weights_only=weights_only)
     except (FileNotFoundError, PermissionError):
         raise
     except (UnpicklingError, EOFError, KeyError, IndexError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("archive", "corrupt")):
-            raise  # no device for it, no memory
+            raise  # such as a missing device or too little memory
         if not weights_only:
             raise ValueError(f"{path} is damaged") from error
         raise ValueError(
@@ -52,17 +52,18 @@ def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: 
 
 @contextmanager
 def written_whole(path: str | PathLike[str]) -> Iterator[Path]:
-    """A file beside the target to write to, which takes the target's place at the end.
+    """Yield a temporary file next to the target to write to. It replaces the target on exit.
 
-    Whoever reads the target finds the earlier file or the new one, never a half. If the body raises, nothing remains.
+    A reader of the target finds the old file or the new one, never part of one. If the body raises, the temporary file
+    is removed and the target does not change.
 
     Args:
-        path: The target. Folders above it are made.
+        path: The target. Missing parent folders are created.
 
     Yields:
         The path to write to, with the target's suffix.
     """
-    target = Path(os.path.realpath(path))  # what a link points to, not the link
+    target = Path(os.path.realpath(path))  # replace what a link points to, not the link
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{os.getpid()}.{target.name}")
     try:

@@ -1,6 +1,6 @@
-"""Fake quantization with LSQ gradients, and the integers behind it.
+"""Fake quantization with LSQ gradients, and the corresponding integers.
 
-Everything here is a function of tensors and broadcasts: a scale of shape ``[1]`` quantizes per tensor, one of shape
+All functions here take tensors and broadcast: a scale of shape ``[1]`` quantizes per tensor, one of shape
 ``[C, 1, 1, 1]`` per channel.
 """
 
@@ -20,11 +20,11 @@ __all__ = ["fake_quantize", "fake_quantize_pair", "integer_grid", "quantize_to_i
 
 
 def integer_grid(bits: int, *, signed: bool) -> tuple[int, int]:
-    """Limits of the integer grid of a bit width.
+    """Return the limits of the integer grid of a bit width.
 
     Args:
         bits: Width of the integers, at least 1.
-        signed: Two's complement integers; otherwise they start at 0.
+        signed: Whether the integers are in two's complement; otherwise they start at 0.
 
     Returns:
         ``(quant_min, quant_max)``: ``(-2^(bits-1), 2^(bits-1) - 1)`` if signed, else ``(0, 2^bits - 1)``.
@@ -40,12 +40,12 @@ def _quantize_dequantize(x: Tensor, scale: Tensor, n: Limit, p: Limit) -> Tensor
 
 
 def _is_differentiated() -> bool:
-    """Whether a backward pass is itself recorded, for ``create_graph=True``. Compiled ones cannot be."""
+    """Whether autograd records this backward pass for ``create_graph=True``. It cannot record compiled ones."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class _LearnedStepSize(torch.autograd.Function):
-    """``x_q = s clip(round(x/s), n, p)`` with the gradients of LSQ. Saves its two inputs and nothing else."""
+    """``x_q = s clip(round(x/s), n, p)`` with the gradients of LSQ. Saves only its two inputs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, n: int, p: int) -> Tensor:
@@ -62,7 +62,7 @@ class _LearnedStepSize(torch.autograd.Function):
 
 
 class _FusedLearnedStepSizes(torch.autograd.Function):
-    """The same for one tensor or for two at once, in one compiled kernel forward and one backward.
+    """:class:`_LearnedStepSize` for one or two tensors, with one compiled kernel forward and one backward.
 
     Its arguments are the limits of each tensor's grid, then each tensor followed by its scale.
     """
@@ -74,7 +74,7 @@ class _FusedLearnedStepSizes(torch.autograd.Function):
         xs, scales = tensors[::2], tensors[1::2]
         operands = [_operands([x], scale, *grid) for x, scale, grid in zip(xs, scales, limits)]
         views = compiled(_forward_of_each, _sizes(xs))(*chain(*operands))
-        # detached, since a view that a function returns cannot be changed in place
+        # detached, because autograd forbids in-place changes to a view that a custom function returns
         return tuple(view.as_strided(x.shape, x.stride()).detach() for x, view in zip(xs, views))
 
     @staticmethod
@@ -99,13 +99,13 @@ def _forward_of_each(*operands: Tensor) -> tuple[Tensor, ...]:
 
 
 def _backward_of_each(needed: Sequence[bool], *operands: Tensor) -> tuple[Tensor | None, ...]:
-    """For each tensor its gradient and its scale's."""
+    """Return the gradient of each tensor, followed by that of its scale."""
     each = [gradients(needed[2 * i : 2 * i + 2], *operands[5 * i : 5 * i + 5]) for i in range(len(operands) // 5)]
     return tuple(chain(*each))
 
 
 def _operands(tensors: Sequence[Tensor], scale: Tensor, n: int, p: int) -> list[Tensor]:
-    """Tensors, their scale and the limits of their grid, as compiled kernels take them."""
+    """Return tensors, their scale and the limits of their grid in the form that compiled kernels take."""
     views = rows([scale], tensors)
     assert views is not None
     return [*views[1:], views[0], number(n, scale.device), number(p, scale.device)]
@@ -126,23 +126,23 @@ def fake_quantize(
     Nagel et al., arXiv 2203.11086, Eqs. 1-2.
 
     Unlike ``torch.fake_quantize_per_tensor_affine``, which multiplies by the reciprocal of the scale, this divides, as
-    the equation and ONNX's QuantizeLinear do. The gradient passes where v itself lies within the limits, not where its
-    rounded value does: that zone would be half a step wider at each end.
+    the equation and ONNX's QuantizeLinear do. The gradient passes where v itself lies within the limits. The zone where
+    round(v) lies within them would be half a step wider at each end.
 
     Args:
         x: Values of any shape and floating dtype.
-        scale: Step between two grid points, positive, broadcastable to the shape of ``x``. For an ``x`` of lower
-            precision than the scale, the arithmetic is in the scale's dtype and the result in that of ``x``.
+        scale: Step between two grid points, positive, broadcastable to the shape of ``x``. If ``x`` has
+            lower precision than the scale, the arithmetic is in the scale's dtype and the result in that of ``x``.
         quant_min: Smallest integer.
         quant_max: Largest integer.
         zero_point: The integer that stands for 0.0.
-        fused: Compute with kernels that ``torch.compile`` makes of the same equations. It needs a compiler.
+        fused: Compute with kernels that ``torch.compile`` generates from the same equations. Requires a compiler.
 
     Returns:
         The quantized values, in the shape and dtype of ``x``.
 
     Raises:
-        TypeError: If ``scale`` is no tensor.
+        TypeError: If ``scale`` is not a tensor.
         ValueError: If ``quant_min`` is above ``quant_max``.
     """
     if not isinstance(scale, Tensor):
@@ -150,11 +150,11 @@ def fake_quantize(
     if quant_min > quant_max:
         raise ValueError(f"quant_min must be at most quant_max, {quant_max}, got {quant_min}")
     if scale.dim() == 0:
-        scale = scale.view(1)  # torch would compute in the dtype of x, whatever that of a number
+        scale = scale.view(1)  # type promotion would ignore the dtype of a scale without dimensions
     if x.dim() == 0 and scale.shape == (1,):
         return fake_quantize(x.view(1), scale, quant_min, quant_max, zero_point=zero_point, fused=fused).view(())
     limits = quant_min - zero_point, quant_max - zero_point
-    # inside somebody's compiled graph the equations fuse with what is around them
+    # inside a user's compiled graph, the equations fuse with the operations around them
     if fused and not torch.compiler.is_compiling() and x.numel() > SMALL and suits_kernels(x, scale):
         return _FusedLearnedStepSizes.apply((limits,), x, scale)[0]  # type: ignore[no-untyped-call, no-any-return]
     return _LearnedStepSize.apply(x, scale, *limits)  # type: ignore[no-untyped-call, no-any-return]
@@ -163,15 +163,16 @@ def fake_quantize(
 def fake_quantize_pair(
     xs: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor], limits: tuple[tuple[int, int], tuple[int, int]]
 ) -> tuple[Tensor, Tensor] | None:
-    """:func:`fake_quantize` of two tensors in one compiled kernel.
+    """Run :func:`fake_quantize` on two tensors in one compiled kernel.
 
     Args:
         xs: The tensors.
         scales: Their scales.
-        limits: n and p of each.
+        limits: n and p of each tensor.
 
     Returns:
-        Both quantized, or None where both are small, or one is not as kernels take it, or only one has gradients.
+        Both quantized tensors. None if both are small, the smaller one is empty, their devices differ, a memory layout
+        does not suit the kernels, or only one of the tensors (or its scale) requires grad.
     """
     first, second = xs
     if first.numel() < second.numel():
@@ -181,13 +182,13 @@ def fake_quantize_pair(
         return None
     learned = [x.requires_grad or scale.requires_grad for x, scale in zip(xs, scales)]
     if learned[0] != learned[1] or not all(map(suits_kernels, xs, scales)):
-        return None  # autograd would take both for learned
+        return None  # autograd would mark both outputs as requiring grad
     return _FusedLearnedStepSizes.apply(limits, first, scales[0], second, scales[1])  # type: ignore[no-untyped-call, no-any-return]
 
 
 @torch.no_grad()
 def quantize_to_int(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, *, zero_point: int = 0) -> Tensor:
-    """The integers behind :func:`fake_quantize`: ``clip(round(x/s) + z, quant_min, quant_max)``.
+    """Return the integers behind :func:`fake_quantize`: ``clip(round(x/s) + z, quant_min, quant_max)``.
 
     Args:
         x: Values of any shape and floating dtype.
@@ -197,7 +198,7 @@ def quantize_to_int(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, *,
         zero_point: The integer that stands for 0.0.
 
     Returns:
-        int8 integers of the shape of ``x`` (uint8 where ``quant_max`` is above 127).
+        int8 integers of the shape of ``x`` (uint8 if ``quant_max`` is above 127).
     """
     if x.dim() == 0 and scale.numel() == 1:
         return quantize_to_int(x.view(1), scale, quant_min, quant_max, zero_point=zero_point).view(())

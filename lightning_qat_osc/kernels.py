@@ -1,4 +1,4 @@
-"""Compiled forms of small functions of tensors, and views of tensors in which one compiled form serves many shapes."""
+"""Compiled forms of small tensor functions, and views of tensors that let many shapes share one compiled form."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ __all__ = [
 ]
 
 BLOCK = 2**18
-"""Elements that stay in a CPU's cache from one operation to the next."""
+"""Number of elements that stay in a CPU's cache from one operation to the next."""
 
 SMALL = 2**15
-"""Elements up to which a compiled kernel is not worth its call.
+"""Number of elements up to which calling a compiled kernel does not pay off.
 
-It would also be made for one thread, if tensors so small were the first that it sees."""
+If the first tensors that a kernel sees are this small, it would also be compiled for a single thread."""
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -47,15 +47,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @cache
 def compiled(function: Function, variant: str = "") -> Function:
-    """A function through ``torch.compile``, with sizes left open, so that layers of other sizes share one kernel.
+    """Compile a function with ``torch.compile`` and dynamic sizes, so that layers of different sizes share one kernel.
 
-    Not for functions in ``torch.no_grad()`` as a decorator: torch counts recompilations of all these as one function's,
-    a user's compiled layers included.
+    Do not pass functions decorated with ``torch.no_grad()``: torch counts the recompilations of all such functions
+    together, including those in a user's compiled layers.
 
     Args:
         function: A plain function.
-        variant: What is compiled is shared within a variant alone. A loop is made for one thread if the first tensors
-            that it sees are small, and torch has a limit for the forms of one function.
+        variant: Each variant is compiled separately. This matters because a loop is compiled for a single thread if the
+            first tensors that it sees are small, and because torch limits the number of compiled forms of a function.
     """
     if variant:
         code = function.__code__.replace(co_name=f"{function.__name__}_{variant}")
@@ -65,25 +65,26 @@ def compiled(function: Function, variant: str = "") -> Function:
 
 @lru_cache(maxsize=256)
 def number(value: float, device: torch.device) -> Tensor:
-    """A number as compiled kernels take it, without dimensions.
+    """Return a number as a tensor without dimensions, for compiled kernels.
 
-    They are made anew for each Python float, and convert an integer in every iteration. A fill waits for no GPU.
+    Kernels are recompiled for each Python float, and convert an integer argument in every iteration. Filling a
+    tensor does not synchronize with a GPU.
     """
     with torch.inference_mode(False):
         return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def why_nothing_compiles(device: torch.device) -> str | None:
-    """Compile something small: what went wrong on this machine, such as that it has no compiler, or None."""
+    """Compile a small function and return what went wrong, such as a missing compiler, or None on success."""
     try:
         torch.compile(torch.neg, dynamic=True)(torch.ones(2, device=device))
-    except Exception as error:  # from whatever a backend is made of
+    except Exception as error:  # a backend may raise any exception
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None
 
 
 def in_one_order(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors of one shape fill their memory in one order: all are contiguous, or all in channels_last."""
+    """Whether tensors have one shape and one dense memory layout: all are contiguous, or all in channels_last."""
     first = tensors[0]
     if not (first.is_contiguous() or in_channels_last(first)):
         return False
@@ -91,30 +92,31 @@ def in_one_order(tensors: Sequence[Tensor]) -> bool:
 
 
 def in_channels_last(x: Tensor) -> bool:
-    """Whether a tensor fills its memory with channels side by side."""
+    """Whether a tensor is contiguous in channels_last or channels_last_3d."""
     memory_format = _CHANNELS_LAST.get(x.dim())
     return memory_format is not None and x.is_contiguous(memory_format=memory_format)
 
 
 def memory(x: Tensor, *shape: int) -> Tensor:
-    """The memory of a tensor that fills it, in one or two dimensions.
+    """Return the memory of a dense tensor as a detached tensor of one or two dimensions.
 
-    Detached: a kernel compiled for a view is compiled again for each shape of what it is a view of.
+    It is detached because a kernel compiled for a view is compiled again for each shape of the tensor it views.
     """
     return x.as_strided(shape, (*shape[1:], 1)).detach()
 
 
 def in_rows(scale: Tensor, x: Tensor) -> bool:
-    """Whether the memory of a tensor is one row with one scale, or a row for each, as :func:`rows` needs it."""
+    """Whether the memory of a tensor is one row with one scale, or one row per scale, as :func:`rows` needs it."""
     if scale.numel() == 1:
         return in_one_order([x])
     return scale.dim() == x.dim() and scale.shape[0] == scale.numel() and x.is_contiguous()
 
 
 def rows(scales: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor] | None:
-    """Scales and tensors that they apply to, in few dimensions and the same memory: [1] and [n], or [G, 1] and [G, n].
+    """Return views of scales and of the tensors they apply to: [1] and [n] for one scale, [G, 1] and [G, n] for G.
 
-    None where the tensors' memory runs in different orders, or output channels are not the first dimension.
+    Return None if the tensors have different or non-dense memory layouts. Several scales also require contiguous
+    tensors whose first dimension is that of the scales.
     """
     groups, n = scales[0].numel(), tensors[0].numel()
     if groups == 1 and in_one_order(tensors):
@@ -125,17 +127,20 @@ def rows(scales: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor] | 
 
 
 def blocks(views: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors in pieces that fit the cache. What has one element for all the elements of the last is whole in each."""
+    """Split tensors along the first dimension into blocks that fit the cache.
+
+    A tensor that is not as long as the last one, such as a single scale, is passed whole with each block.
+    """
     last = views[-1]
     size = max(1, BLOCK * len(last) // max(1, last.numel()))
     return zip(*(torch.split(t, size) if len(t) == len(last) else repeat(t) for t in views))
 
 
 def joined_copy(tensors: Sequence[Tensor]) -> Tensor:
-    """The elements of several tensors of one dtype, one tensor behind the other."""
+    """Copy several tensors of one dtype into one 1-dimensional tensor, one after the other."""
     return cast(Tensor, _flatten_dense_tensors(tensors))  # type: ignore[no-untyped-call]
 
 
 def parted(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Views of joined elements, in the shapes of the tensors that they come from."""
+    """Split joined elements into views that have the shapes of the original tensors."""
     return cast(Sequence[Tensor], _unflatten_dense_tensors(joined, like))  # type: ignore[no-untyped-call]

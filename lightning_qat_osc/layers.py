@@ -1,4 +1,4 @@
-"""The kinds of layers that can be quantized: which of their parameters and inputs, and how to call what they hide."""
+"""Kinds of layers that can be quantized, their quantized parameters and inputs, and replacements for their forwards."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What is quantized of one kind of layer.
+    """What is quantized in one kind of layer.
 
     Attributes:
         name: Name of the kind, for messages.
-        classes: The classes of layers that are of this kind, subclasses included.
-        weights: A layer of the kind -> the names of its parameters that are quantized.
-        inputs: How many of the first arguments of ``forward`` are quantized.
+        classes: Function that returns the classes of this kind; subclasses of these belong to the kind, too.
+        weights: Function from a layer of this kind to the names of its quantized parameters.
+        inputs: How many arguments of ``forward``, counted from the first, are quantized.
         channel_dim: The weights' dimension of output channels (for transposed convolutions those of a group).
-        forward: A subclass whose forward calls submodules that the layer's own reads past, or None.
-        remains: What stays in full precision, in words, or None.
+        forward: A subclass whose forward calls submodules that the layer's own forward does not call, or None.
+        remains: What stays in full precision, as a phrase for messages, or None.
     """
 
     name: str
@@ -54,9 +54,9 @@ class LayerKind:
 
 
 class _Attention(nn.MultiheadAttention):
-    """MultiheadAttention that calls its output projection as a layer, so that it can be quantized like one.
+    """MultiheadAttention that calls its output projection as a layer, so that the projection can be quantized.
 
-    The same computation as ``torch.nn.MultiheadAttention``, without its fused path, which reads past the layers.
+    It computes the same as ``torch.nn.MultiheadAttention``, without the fused path, which does not call the layers.
     """
 
     def forward(
@@ -89,7 +89,7 @@ class _Attention(nn.MultiheadAttention):
         if self.add_zero_attn:
             extra.append((k.new_zeros(1, 1, self.embed_dim),) * 2)
         for key_row, value_row in extra:
-            k = torch.cat([k, key_row.expand(k.shape[0], 1, -1)], dim=1)  # len() fixes an open size
+            k = torch.cat([k, key_row.expand(k.shape[0], 1, -1)], dim=1)  # len() makes a dynamic size static
             v = torch.cat([v, value_row.expand(v.shape[0], 1, -1)], dim=1)
             mask = None if mask is None else F.pad(mask, (0, 1))
         q, k, v = (x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2) for x in (q, k, v))  # [N, H, L, E / H]
@@ -126,7 +126,7 @@ class _Attention(nn.MultiheadAttention):
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to add to attention scores, from one that is True where there is to be no attention."""
+    """Return a mask to add to attention scores. A boolean mask is True where attention is not allowed."""
     if mask.is_floating_point():
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
@@ -141,7 +141,7 @@ def _recurrent_weights(layer: nn.Module) -> tuple[str, ...]:
     if isinstance(layer, nn.RNNCellBase):
         return "weight_ih", "weight_hh"
     assert isinstance(layer, nn.RNNBase)
-    return tuple(name for name in layer._flat_weights_names if name.startswith("weight_"))  # computed ones, too
+    return tuple(name for name in layer._flat_weights_names if name.startswith("weight_"))  # includes computed ones
 
 
 def _transformers_conv1d() -> tuple[type[nn.Module], ...]:
@@ -174,38 +174,38 @@ _KINDS = (
 
 
 def layer_kind(layer_class: type[nn.Module]) -> LayerKind | None:
-    """The kind of a layer's class, or None if it is of none that can be quantized."""
+    """Return the kind of a layer class, or None if layers of this class cannot be quantized."""
     return next((kind for kind in _KINDS if issubclass(layer_class, kind.classes())), None)
 
 
 def kind_of(layer: nn.Module) -> LayerKind:
-    """The kind of a layer that is of one."""
+    """Return the kind of a layer that can be quantized."""
     kind = layer_kind(type(layer))
     assert kind is not None
     return kind
 
 
 def weight_names(layer: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters that are quantized of a layer of a kind that can be."""
+    """Return the names of the parameters to quantize in a layer that can be quantized."""
     return kind_of(layer).weights(layer)
 
 
 def written_parameter(hook: object) -> str | None:
-    """Name of the weight that a forward pre-hook of torch computes (a norm, pruning); None for any other hook."""
+    """Return the name of the weight that a torch forward pre-hook computes (a norm, pruning); None for other hooks."""
     if isinstance(hook, (WeightNorm, SpectralNorm)):
         return hook.name
     return hook._tensor_name if isinstance(hook, BasePruningMethod) else None
 
 
 def kind_names() -> list[str]:
-    """Names of all kinds, for messages."""
+    """Return the names of all kinds, for messages."""
     return [kind.name for kind in _KINDS]
 
 
 def calling_forward(layer_class: type[nn.Module]) -> type[nn.Module] | None:
-    """The class whose forward takes the place of the layer's, or None where the layer's serves.
+    """Return the class whose forward replaces the layer's, or None if the layer keeps its own.
 
-    A subclass with a forward of its own keeps it.
+    A subclass that overrides ``forward`` keeps its own.
     """
     kind = layer_kind(layer_class)
     if kind is None or kind.forward is None or not any(layer_class.forward is c.forward for c in kind.classes()):
@@ -214,7 +214,7 @@ def calling_forward(layer_class: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def calling_class(layer_class: type[nn.Module]) -> type[nn.Module]:
-    """The class of a layer with :func:`calling_forward` in the place of its own; the same class where that serves."""
+    """Return the layer's class with the forward of :func:`calling_forward`, or the class itself if that is None."""
     calling = calling_forward(layer_class)
     if calling is None or issubclass(layer_class, calling):
         return layer_class
@@ -224,7 +224,7 @@ def calling_class(layer_class: type[nn.Module]) -> type[nn.Module]:
 @cache
 def _make_calling(layer_class: Any) -> type[nn.Module]:
     def reduce(layer: Any, protocol: Any) -> tuple[Any, ...]:
-        """Pickle by the layer's own class: this one is made at run time."""
+        """Pickle a reference to the layer's own class, since this class is created at run time."""
         return _new_calling, (layer_class,), nn.Module.__reduce_ex__(layer, max(protocol, 2))[2]
 
     calling = cast(Any, calling_forward(layer_class))
@@ -234,7 +234,7 @@ def _make_calling(layer_class: Any) -> type[nn.Module]:
         "__reduce_ex__": reduce,
         "forward": calling.forward,
     }
-    return type(layer_class.__name__, (layer_class, calling), attributes)  # in the memory layout of the first
+    return type(layer_class.__name__, (layer_class, calling), attributes)  # instances have the layout of the first base
 
 
 def _new_calling(layer_class: type[nn.Module]) -> nn.Module:
@@ -243,19 +243,19 @@ def _new_calling(layer_class: type[nn.Module]) -> nn.Module:
 
 
 def keep_off_fused_path(module: nn.Module) -> None:
-    """Keep an encoder's evaluation on the path that calls its layers: the fused one reads weights past them."""
+    """Keep an encoder off its fused evaluation path, which reads weights without calling the layers."""
     if isinstance(module, nn.TransformerEncoder):
-        module.use_nested_tensor = False  # its layers take nested tensors on their fused path alone
+        module.use_nested_tensor = False  # its layers accept nested tensors only on their fused path
     if isinstance(module, nn.TransformerEncoderLayer):
-        module.activation_relu_or_gelu = 0  # as for any other activation, which the fused path does not know
+        module.activation_relu_or_gelu = 0  # the value for activations that the fused path does not support
 
 
 def input_names(layer_class: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the arguments of a layer's forward that are quantized."""
+    """Return the names of the arguments of a layer's forward that are quantized."""
     kind = layer_kind(layer_class)
     assert kind is not None
     base = next(c for c in kind.classes() if issubclass(layer_class, c))
-    for owner in (layer_class, base):  # a subclass may take *args and hand them on
+    for owner in (layer_class, base):  # a subclass may take *args and pass them on
         parameters = list(inspect.signature(owner.forward).parameters.values())[1:]
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[: kind.inputs]
         if len(names) == kind.inputs:

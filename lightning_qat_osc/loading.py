@@ -1,4 +1,4 @@
-"""A quantized module from its checkpoint, without a Trainer."""
+"""Loading of a quantized module from its checkpoint, without a Trainer."""
 
 from __future__ import annotations
 
@@ -33,33 +33,34 @@ def load_quantized(
     weights_only: bool = True,
     **kwargs: Any,
 ) -> Module:
-    """Make a LightningModule from a checkpoint of quantization-aware training, with its quantizers.
+    """Create a LightningModule, with its quantizers, from a checkpoint of quantization-aware training.
 
-    ``module_class.load_from_checkpoint`` knows no callbacks, and so refuses a checkpoint with quantizers. This does the
-    same and puts them in. (With ``strict=False`` it loads the latent weights into the plain float model.)
+    ``module_class.load_from_checkpoint`` runs no callbacks, and so raises for a checkpoint with quantizers. This
+    function does the same, but also inserts the quantizers. (``load_from_checkpoint`` with ``strict=False`` loads the
+    latent weights into the plain float model.)
 
     Args:
         module_class: The LightningModule's class.
         checkpoint_path: A checkpoint of :class:`~lightning_qat_osc.QuantizationAwareTraining`.
-        config: How the module is quantized. None: as the checkpoint says; one that was saved with
-            ``save_weights_only=True`` does not. Anything else than a QuantConfig is for the module, if it has an
-            argument of that name.
+        config: How the module is quantized. None: as the checkpoint says; a checkpoint that was saved with
+            ``save_weights_only=True`` does not say it. Any value other than a QuantConfig is passed to the module, if
+            the module has an argument called ``config``.
         map_location: Where to put the tensors, as in ``torch.load``. None: on the device that they were saved from, or
-            the CPU where there is none.
-        weights_only: Read nothing but tensors and plain values. False for a trusted checkpoint with other objects,
-            among its hyperparameters for instance.
+            on the CPU if that device does not exist.
+        weights_only: Read only tensors and plain values. Use False for a trusted checkpoint with other objects, for
+            example among its hyperparameters.
         **kwargs: The module's arguments that are not among the checkpoint's hyperparameters.
 
     Returns:
-        The module, with its oscillation histories. Training can go on from it with the callbacks; its scales want no
-        gradient without them.
+        The module, with its oscillation histories. Training with the callbacks can continue from it; until then, its
+        scales have ``requires_grad=False``.
 
     Raises:
-        TypeError: If ``module_class`` is no class of LightningModules, ``checkpoint_path`` no path, or ``config``
-            neither a QuantConfig nor an argument of the module.
-        ValueError: If the checkpoint cannot be read, is a folder of shards or a state_dict alone, has no quantizers, or
-            does not say how it is quantized and ``config`` is None, if its bits are not those of ``config``, or if the
-            module's ``on_load_checkpoint`` leaves the quantizers out.
+        TypeError: If ``module_class`` is not the class of a LightningModule, ``checkpoint_path`` is not a path, or
+            ``config`` is neither a QuantConfig nor an argument of the module.
+        ValueError: If the checkpoint cannot be read, is a folder of shards, is only a state_dict, or has no quantizers;
+            if it does not say how it is quantized and ``config`` is None; if its bits differ from those of ``config``;
+            or if the module's ``on_load_checkpoint`` leaves the quantizers out.
         RuntimeError: If the checkpoint does not fit the module.
     """
     if not isinstance(module_class, type) or not hasattr(module_class, "load_from_checkpoint"):
@@ -84,8 +85,8 @@ def load_with_arguments(
     map_location: Any = None,
     weights_only: bool = True,
 ) -> Module:
-    """:func:`load_quantized` for a module with arguments of any names."""
-    # to be copied from, so wherever there is room
+    """Do the same as :func:`load_quantized`, for a module whose arguments may have any names."""
+    # this state is only copied from, so it stays on the CPU
     checkpoint = read_tensors(checkpoint_path, map_location="cpu", weights_only=weights_only)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(
@@ -110,9 +111,9 @@ def load_with_arguments(
         module: Module = cast(Any, module_class).load_from_checkpoint(
             checkpoint_path, map_location=map_location, strict=False, weights_only=weights_only, **arguments
         )
-        warnings.filterwarnings("ignore", message=".*full precision.*")  # training has told
+        warnings.filterwarnings("ignore", message=".*full precision.*")  # training has already warned
         quantize_model(module, config)
-    rename_state(module, checkpoint)  # with quantizers in the module: the hook may leave out what it has not
+    rename_state(module, checkpoint)  # after quantize_model: the hook may drop keys that the module lacks
     module.load_state_dict(checkpoint["state_dict"], strict=cast(Any, module).strict_loading)
     if not any(q.calibrated for q in quantizers(module)) and any(grid[-1] for grid in grids):
         raise ValueError(
@@ -129,15 +130,15 @@ def load_with_arguments(
 
 
 def rename_state(module: nn.Module, checkpoint: dict[str, Any], *, with_values: bool = False) -> None:
-    """Do to a checkpoint what the module's ``on_load_checkpoint`` does to it, and no more to the module than is asked.
+    """Apply the module's ``on_load_checkpoint`` to a checkpoint, without changing the module's layers.
 
-    That may make layers in it, which it has already, and with quantizers: so one like it is called.
+    The hook may create layers that the module already has, with quantizers, so it runs on a twin of the module.
 
     Args:
         module: A LightningModule.
-        checkpoint: The checkpoint, which is changed.
-        with_values: Take over what it sets in the module besides: numbers, tensors and the like, and nothing that holds
-            layers.
+        checkpoint: The checkpoint, which is changed in place.
+        with_values: Copy other attributes that the hook sets back to the module: numbers, tensors and the like, but
+            nothing that holds layers.
     """
     hook = "on_load_checkpoint"
     lightnings = [base for base in type(module).__mro__ if hook in vars(base)][-1]
@@ -149,19 +150,19 @@ def rename_state(module: nn.Module, checkpoint: dict[str, Any], *, with_values: 
 
 
 def _holds_layers(value: Any) -> bool:
-    """Whether a value is or holds something that is called: the layers of the one that was asked, if any."""
+    """Whether a value is or contains a callable, which may be a layer of the twin."""
     return any(callable(x) for x in tree_leaves(list(value) if isinstance(value, set) else value))
 
 
 def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Modules like a module and those in it, around the same tensors and attributes: not all of these can be copied."""
+    """Return a twin of a module and its submodules, with the same attribute values, since not all can be copied."""
     if module not in twins:
         twin = twins[module] = object.__new__(type(module))
         vars(twin).update(vars(module))
         for name, held in vars(module).items():
             if type(held) in (dict, list, set):
                 vars(twin)[name] = copy.copy(held)
-        # past __setattr__: a compiled module hands attributes on to the one inside
+        # bypass __setattr__: a compiled module passes attributes on to the module inside it
         vars(twin)["_modules"] = {
             name: None if child is None else _twin(child, twins) for name, child in module._modules.items()
         }
@@ -169,7 +170,7 @@ def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
 
 
 def config_of_checkpoint(checkpoint: dict[str, Any]) -> QuantConfig | None:
-    """The configuration in the state of QuantizationAwareTraining, if a checkpoint has it."""
+    """Return the configuration from the state of QuantizationAwareTraining, or None if the checkpoint has none."""
     for state in checkpoint.get("callbacks", {}).values():
         if isinstance(state, dict) and {"config", "scale_updates"} <= state.keys():
             return QuantConfig.from_dict(state["config"])

@@ -1,4 +1,4 @@
-"""Ways to look at a quantized model: its layers, weights, quantizers, scales and oscillation histories, by name."""
+"""Access to the layers, weights, quantizers, scales and oscillation histories of a quantized model, by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class QuantizedWeight(NamedTuple):
-    """A parameter that is quantized now: its name, its latent values and its quantizer."""
+    """A parameter that has a quantizer: its name, its latent values and the quantizer."""
 
     name: str
     weight: nn.Parameter
@@ -39,7 +39,7 @@ class QuantizedWeight(NamedTuple):
 
 
 def model_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every submodule with its name, without the networks inside torchmetrics Metrics, which are not the model's."""
+    """Yield every submodule with its name, except those in torchmetrics Metrics, which are not part of the model."""
     of_metrics: set[nn.Module] = set()
     for name, child in module.named_modules():
         if isinstance(child, Metric):
@@ -49,41 +49,41 @@ def model_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
-    """The layers of a model that have quantizers, by name."""
+    """Return the layers of a model that have quantizers, by name."""
     return {name: layer for name, layer in model_modules(module) if isinstance(layer, QuantizedLayer)}
 
 
 def own_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a layer and what is in it, but for scales."""
+    """Return the parameters of a layer and its submodules, except scales."""
     scales = {id(q.scale) for q in layer.modules() if isinstance(q, Quantizer)}
     return (p for p in layer.parameters() if id(p) not in scales)
 
 
 def qualified(name: str, inside: str) -> str:
-    """The name of something in a submodule, such as the key of its parameter in a state_dict."""
+    """Return the full name of something in a submodule, such as the key of a parameter in a state_dict."""
     return f"{name}.{inside}" if name else inside
 
 
 def weight_name(layer: str, parameter: str) -> str:
-    """What a weight is called: by its layer, and where its layer has several by its own name too."""
+    """Return the name of a weight: that of its layer, followed by the parameter's unless that is ``weight``."""
     return layer if parameter == "weight" else f"{layer}.{parameter}"
 
 
 def quantized_weights(module: nn.Module, max_bits: int = 8) -> list[QuantizedWeight]:
-    """The weights of a model that are quantized to at most ``max_bits`` bits.
+    """Return the weights of a model that are quantized to at most ``max_bits`` bits.
 
-    A weight that its layer computes from other parameters (a parametrization, pruning) is no parameter, and not here.
+    A weight that its layer computes from others (a parametrization, pruning) is not a parameter, and not included.
     """
     return [w for w in weights_with_quantizers(module) if is_quantized(w.quantizer, max_bits)]
 
 
 def is_quantized(quantizer: Quantizer, max_bits: int = 8) -> bool:
-    """Whether a quantizer quantizes now, to at most ``max_bits`` bits."""
+    """Whether a quantizer is active and has at most ``max_bits`` bits."""
     return quantizer.active and quantizer.bits is not None and quantizer.bits <= max_bits
 
 
 def weights_with_quantizers(module: nn.Module) -> list[QuantizedWeight]:
-    """The parameters of a model that have a quantizer, in use or not, each quantizer once."""
+    """Return the parameters of a model that have a quantizer, active or not, one for each quantizer."""
     found: dict[WeightQuantizer, QuantizedWeight] = {}
     for layer_name, layer in quantized_layers(module).items():
         for parameter, q in layer.weight_quantizers().items():
@@ -94,7 +94,7 @@ def weights_with_quantizers(module: nn.Module) -> list[QuantizedWeight]:
 
 
 def computed_weights(module: nn.Module) -> dict[str, WeightQuantizer]:
-    """The quantizers of weights that are no parameters, but computed from others, by the weight's name."""
+    """Return the quantizers of weights that are not parameters, but computed from others, by the weights' names."""
     return {
         weight_name(layer_name, parameter): q
         for layer_name, layer in quantized_layers(module).items()
@@ -104,7 +104,7 @@ def computed_weights(module: nn.Module) -> dict[str, WeightQuantizer]:
 
 
 def oscillation_states(module: nn.Module) -> dict[str, OscillationState]:
-    """The oscillation history of every weight that is tracked.
+    """Return the oscillation history of every weight that is tracked.
 
     Args:
         module: A model that :class:`~lightning_qat_osc.OscillationTracking` or
@@ -112,11 +112,11 @@ def oscillation_states(module: nn.Module) -> dict[str, OscillationState]:
 
     Returns:
         Layer name -> state, with ``weight_int`` and ``direction`` in int8, ``frequency`` and ``ema_int`` in float32 and
-        ``frozen`` in bool, each of the weight's shape. Where a layer has several weights, the name is
-        ``layer.parameter``; where several layers share a weight, it is that of the first.
+        ``frozen`` in bool, each of the weight's shape. For a parameter that is not called ``weight``, the name is
+        ``layer.parameter``; for a weight that several layers share, it is the name of the first.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If ``module`` is not a module.
     """
     check_module("module", module)
     states: dict[OscillationState, str] = {}
@@ -128,10 +128,10 @@ def oscillation_states(module: nn.Module) -> dict[str, OscillationState]:
 
 
 def quantizers(module: nn.Module) -> list[Quantizer]:
-    """The quantizers of a model, each once, in the order of its layers."""
+    """Return the quantizers of a model, each once, in the order of its layers."""
     return list(dict.fromkeys(q for layer in quantized_layers(module).values() for q in layer.quantizers()))
 
 
 def scale_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The learned scales of a model, in the order of its layers."""
+    """Return the learned scales of a model, in the order of its layers."""
     return [quantizer.scale for quantizer in quantizers(module)]

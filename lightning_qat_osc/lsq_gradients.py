@@ -1,12 +1,12 @@
-r"""LSQ's gradients, made fast: what the backward pass of :func:`~lightning_qat_osc.fake_quantize` computes.
+r"""Fast LSQ gradients: what the backward pass of :func:`~lightning_qat_osc.fake_quantize` computes.
 
 .. math::
     v = x / s, \qquad
     \frac{\partial x_q}{\partial x} = 1[n \le v \le p], \qquad
     \frac{\partial x_q}{\partial s} = \mathrm{round}(v) - v \text{ inside},\; n \text{ or } p \text{ outside}
 
-Source: LSQ, arXiv 1902.08153, Eqs. 2 and 3. :func:`gradients` has them line by line. What is below it chooses
-operations that CPUs and compilers are fast with; docs/performance.md has what each is worth.
+Source: LSQ, arXiv 1902.08153, Eqs. 2 and 3. :func:`gradients` follows them line by line. The functions
+below it choose operations that are fast on CPUs and in compilers; docs/performance.md lists what each one gains.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ __all__ = ["gradients", "gradients_to_differentiate", "suits_kernels"]
 def gradients(
     needed: Sequence[bool], grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Limit
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of a loss by x and by the scale.
+    """Return the gradients of a loss with respect to x and the scale.
 
     Args:
-        needed: Whether that of x is needed, and that of the scale.
-        grad: The gradient by x_q.
-        x: What was quantized.
-        scale: Its scale, of a shape that broadcasts.
-        n: Smallest integer less the zero point.
-        p: Largest integer less the zero point.
+        needed: Whether the gradient with respect to x is needed, and whether that with respect to the scale is.
+        grad: The gradient with respect to x_q.
+        x: The tensor that was quantized.
+        scale: Its scale, broadcastable to the shape of ``x``.
+        n: Smallest integer minus the zero point.
+        p: Largest integer minus the zero point.
 
     Returns:
-        Each, of the shape and dtype of what it is by, or None where it is not needed.
+        The gradients, of the shape and dtype of x and of the scale; None for a gradient that is not needed.
     """
     of_x, of_scale = needed
     if of_x and of_scale and _suits_blocks(grad, x, scale):
@@ -56,9 +56,9 @@ def gradients(
 def gradients_to_differentiate(
     grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Limit
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The same as differentiable functions of ``grad``, for gradient penalties.
+    """Return both gradients of :func:`gradients` as differentiable functions of ``grad``, for gradient penalties.
 
-    ``x`` and ``scale`` are constants here: to straight-through differentiation x_q has no second derivatives but 0.
+    ``x`` and ``scale`` are constants here: with straight-through differentiation, all second derivatives of x_q are 0.
     """
     with torch.no_grad():
         v = x / scale
@@ -69,15 +69,15 @@ def gradients_to_differentiate(
 
 
 def _dxq_ds(v: Tensor, v_inside: Tensor, n: Limit, p: Limit) -> Tensor:
-    """round(clip(v)) - v inside, in the memory of ``v``."""
+    """Return round(clip(v)) minus ``v_inside`` (v inside the limits, else 0), in the memory of ``v``."""
     return v.clamp_(n, p).round_().sub_(v_inside)
 
 
 def _where_inside(values: Tensor, v: Tensor, n: Limit, p: Limit, *, out: Tensor | None = None) -> Tensor:
-    """``values`` where n <= v <= p, else 0.
+    """Return ``values`` where n <= v <= p, else 0.
 
-    Eagerly in one pass: a mask would be several, and CPUs are slow with booleans. The backward of hardtanh selects so,
-    but for open intervals; hence the floats next to the limits. ``out`` is for eager calls.
+    In eager mode this is one pass. A mask would take several, and CPUs are slow with booleans. The backward of hardtanh
+    selects values in an open interval, so its limits are the floats just outside n and p. ``out`` is for eager calls.
     """
     if torch.compiler.is_compiling():
         return torch.where(v == v.clamp(n, p), values, 0.0)
@@ -90,25 +90,26 @@ def _where_inside(values: Tensor, v: Tensor, n: Limit, p: Limit, *, out: Tensor 
 
 @cache
 def _just_outside(n: int, p: int, dtype: torch.dtype) -> tuple[float, float]:
-    """The floating-point numbers next to the limits of a grid."""
+    """Return the floating-point numbers just outside the limits of a grid."""
     return _neighbour(n, -1.0, dtype), _neighbour(p, 1.0, dtype)
 
 
 def _neighbour(limit: int, sign: float, dtype: torch.dtype) -> float:
-    """The normal floating-point number next to a limit in the direction of a sign: CPUs may take others for 0.
+    """Return the normal floating-point number just above (sign 1) or below (sign -1) a limit.
 
-    In Python, where no default device, fake tensor or transform is in the way of a number.
+    It is normal because CPUs may flush subnormal numbers to 0. It is computed in Python, where a default device, a fake
+    tensor or a transform cannot interfere.
     """
     info = torch.finfo(dtype)
     if limit == 0:
         return sign * info.smallest_normal
     mantissa, exponent = math.frexp(limit)
-    closer = mantissa == -0.5 * sign  # below a power of two they are half as far apart
+    closer = mantissa == -0.5 * sign  # numbers just below a power of two are half as far apart
     return limit + sign * math.ldexp(info.eps, exponent - 1 - closer)
 
 
 def suits_kernels(x: Tensor, scale: Tensor) -> bool:
-    """Whether a tensor and its scale are as compiled kernels and blocks take them."""
+    """Whether the memory layouts of a tensor and its scale suit compiled kernels and blocks."""
     return in_rows(scale, x) and not is_sharded(x)
 
 
@@ -116,13 +117,13 @@ def _suits_blocks(grad: Tensor, x: Tensor, scale: Tensor) -> bool:
     """Whether :func:`_gradients_in_blocks` can be used, and is faster."""
     if torch.compiler.is_compiling() or not x.is_cpu or x.numel() <= 4 * BLOCK:
         return False
-    if x.dtype.itemsize < 4 or not x.dtype == grad.dtype == scale.dtype:  # dot products of 16 bits are slow
+    if x.dtype.itemsize < 4 or not x.dtype == grad.dtype == scale.dtype:  # 16-bit dot products are slow
         return False
     return in_one_order([x, grad]) and suits_kernels(x, scale)
 
 
 def _gradients_in_blocks(grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Limit) -> tuple[Tensor, Tensor]:
-    """:func:`gradients` in blocks that stay in a CPU's cache, in two buffers for all of them."""
+    """Compute :func:`gradients` in blocks that stay in a CPU's cache, with two buffers that all blocks share."""
     grad_x = torch.empty_like(x)
     views = rows([scale], [grad, x, grad_x])
     assert views is not None
@@ -139,13 +140,13 @@ def _gradients_in_blocks(grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Li
 
 
 def _written(grad_x: Tensor, x: Tensor) -> Tensor:
-    """The gradient by x, which a compiler for CPUs is made to write to memory.
+    """Return the gradient with respect to x so that, on CPUs, the compiler writes it to memory.
 
-    It would otherwise join this arithmetic to each loop that reads the result: the backward pass of a norm has two, and
-    both would divide by the scale. A compiler writes what it takes a view of, so a view is taken, in the layout of
-    ``x`` (torch 2.6 lets no compiled backward pass ask a gradient for its own). Contiguous images are left as they are,
-    since convolutions for CPUs lay them out anew and would have to turn the view back. Other devices compute faster
-    than they write.
+    Otherwise the compiler fuses this arithmetic into each loop that reads the result: the backward pass of a norm has
+    two such loops, and both would divide by the scale. The compiler writes a tensor to memory when a view of it is
+    taken, so this takes a view, in the layout of ``x`` (in torch 2.6, a compiled backward pass cannot query the layout
+    of a gradient). Contiguous images are left as they are, because CPU convolutions change their layout and would have
+    to convert the view back. Other devices compute faster than they write.
     """
     if not (torch.compiler.is_compiling() and x.is_cpu) or is_sharded(x):
         return grad_x
@@ -155,26 +156,26 @@ def _written(grad_x: Tensor, x: Tensor) -> Tensor:
 
 
 def _sum_to_scale(terms: Tensor, scale: Tensor) -> Tensor:
-    """The gradient by a scale from its terms, one for each value."""
+    """Return the gradient with respect to a scale: the sum of its terms, one for each value of x."""
     if scale.numel() == 1 and torch.compiler.is_compiling():
         terms = _partly_summed(terms, on_cpu=scale.is_cpu)
     return terms.sum_to_size(scale.shape)
 
 
 def _partly_summed(terms: Tensor, *, on_cpu: bool) -> Tensor:
-    """Terms of a scale's gradient, summed over the dimension along which a compiler has a loop anyway.
+    """Sum the terms of a scale's gradient over the dimension along which the compiler has a loop anyway.
 
-    Summed over everything at once they would be a loop of their own, over two tensors that others have just read.
+    A sum over all dimensions at once would be a separate loop, over two tensors that other loops have just read.
 
     Args:
-        terms: Of an image, [N, C, ...], or of tokens, [N, L, C].
-        on_cpu: Whether they are on a CPU. (torch 2.6 lets no compiled backward pass ask a gradient for its device.)
+        terms: The terms for an image, [N, C, ...], or for tokens, [N, L, C].
+        on_cpu: Whether they are on a CPU. (In torch 2.6, a compiled backward pass cannot query a gradient's device.)
     """
     if terms.dim() < 3 or terms.shape[1:].numel() <= 2**10:
-        return terms  # few
+        return terms  # too few to matter
     if terms.dim() == 3:
-        # on CPUs the loop that writes the gradient adds them up; elsewhere over features, as layer normalization sums
+        # on CPUs, the loop that writes the gradient sums them; elsewhere sum over features, as layer normalization does
         return terms if on_cpu else terms.sum(-1, keepdim=True)
     if on_cpu:
-        return terms.sum(1, keepdim=True)  # over channels, which compilers for CPUs lay side by side for convolutions
-    return terms.sum((0, *range(2, terms.dim())), keepdim=True)  # channel by channel, as batch normalization sums
+        return terms.sum(1, keepdim=True)  # channels, which CPU compilers place side by side for convolutions
+    return terms.sum((0, *range(2, terms.dim())), keepdim=True)  # for each channel, as batch normalization sums

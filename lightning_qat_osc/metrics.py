@@ -1,6 +1,6 @@
-"""The figures of oscillation as torchmetrics Metrics, distributed reduction included.
+"""Oscillation statistics and SQNR as torchmetrics Metrics, with distributed reduction.
 
-They add up in double precision; for a device without it, ``metric.set_dtype(torch.float32)`` before ``metric.to(...)``.
+They sum in float64. For a device without it, call ``metric.set_dtype(torch.float32)`` before ``metric.to(...)``.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ __all__ = ["SQNR", "FrozenShare", "OscillatingShare", "OscillationFrequency"]
 
 
 class _MeanOverWeights(Metric):
-    """Mean over the weights of something that each weight has, for each layer and in total.
+    """Mean of a quantity over the weights, for each layer and in total.
 
     Args:
-        layers: Names of the layers, the keys of what :meth:`update` is given; at least one.
-        what: Other arguments, in which metrics of one class differ.
+        layers: Names of the layers, the keys of the mapping that :meth:`update` takes; at least one.
+        what: Other arguments that tell metrics of one class apart.
 
     Raises:
-        TypeError: If it is one name, not a sequence of them.
-        ValueError: If there is none.
+        TypeError: If ``layers`` is a single name, not a sequence of names.
+        ValueError: If ``layers`` is empty.
     """
 
     full_state_update = False
@@ -40,7 +40,7 @@ class _MeanOverWeights(Metric):
         self.layers = list(layers)
         if not self.layers:
             raise ValueError("layers must name at least one tracked layer, got none")
-        # named by what they are of: in a MetricCollection, metrics whose states are equal at first are made one
+        # unique state names: a MetricCollection merges metrics whose states have equal names and values
         own = f"{type(self).__name__}_{crc32(repr((self.layers, what)).encode()):08x}"
         self._sums, self._counts = f"{own}_sums", f"{own}_counts"
         for name in (self._sums, self._counts):
@@ -48,13 +48,13 @@ class _MeanOverWeights(Metric):
 
     @property
     def sums(self) -> Tensor:
-        """Of each layer, over the weights that were counted."""
+        """Sum of the quantity over the counted weights of each layer."""
         sums: Tensor = getattr(self, self._sums)
         return sums
 
     @property
     def counts(self) -> Tensor:
-        """How many weights were counted of each layer."""
+        """Number of counted weights of each layer."""
         counts: Tensor = getattr(self, self._counts)
         return counts
 
@@ -62,10 +62,10 @@ class _MeanOverWeights(Metric):
         raise NotImplementedError
 
     def update(self, states: Mapping[str, OscillationState]) -> None:
-        """Add the states of :func:`~lightning_qat_osc.oscillation_states`; under FSDP, each rank its shard.
+        """Add the states from :func:`~lightning_qat_osc.oscillation_states`. Under FSDP, each rank adds its shard.
 
         Raises:
-            ValueError: If a layer has none.
+            ValueError: If a layer has no state.
         """
         untracked = [name for name in self.layers if name not in states]
         if untracked:
@@ -76,7 +76,7 @@ class _MeanOverWeights(Metric):
         self.counts.add_(counts.to(self.counts.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """Layer name -> mean over its weights, and ``""`` -> mean over all weights."""
+        """Return layer name -> mean over its weights, and ``""`` -> mean over all weights."""
         means = (self.sums / self.counts).float()
         total = (self.sums.sum() / self.counts.sum()).float()
         return {"": total, **dict(zip(self.layers, means.unbind()))}
@@ -94,11 +94,11 @@ class OscillatingShare(_MeanOverWeights):
 
     Args:
         layers: Names of the layers.
-        threshold: Frequency above which a weight counts as oscillating, in [0, 1]; the paper's 0.005 if not given.
+        threshold: Frequency above which a weight counts as oscillating, in [0, 1]. The default is the paper's 0.005.
 
     Raises:
-        TypeError: If the threshold is no number.
-        ValueError: If there is no layer, or the threshold is out of range.
+        TypeError: If the threshold is not a number.
+        ValueError: If ``layers`` is empty, or the threshold is out of range.
     """
 
     def __init__(self, layers: Sequence[str], threshold: float = 0.005) -> None:
@@ -131,18 +131,18 @@ class SQNR(Metric):
         self.add_state("noise", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, x: Tensor, x_q: Tensor) -> None:
-        """Add values and their quantized form, of one shape.
+        """Add values and their quantized form, which must have the same shape.
 
         Raises:
-            ValueError: If they are of two.
+            ValueError: If the shapes differ.
         """
         if x.shape != x_q.shape:
             raise ValueError(f"x_q must be of the shape of x, {tuple(x.shape)}, got {tuple(x_q.shape)}")
-        x, x_q = x.to(self.signal.dtype), x_q.to(self.signal.dtype)  # squares leave the range of half precision
+        x, x_q = x.to(self.signal.dtype), x_q.to(self.signal.dtype)  # squares can exceed the range of half precision
         self.signal += x.square().sum()
         self.noise += (x - x_q).square().sum()
 
     def compute(self) -> Tensor:
-        """Decibels; infinite where nothing was lost."""
+        """Return the ratio in dB. It is infinite if there is no quantization error."""
         ratio = torch.where(self.noise == 0.0, torch.inf, self.signal / self.noise)
         return (10.0 * torch.log10(ratio)).float()

@@ -12,9 +12,9 @@ __all__ = ["evaluating"]
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and then each submodule's own mode again.
+    """Set evaluation mode inside the context, and restore the mode of each submodule on exit.
 
-    It goes through the module's ``train``, which may do more than set a mode: unmerge a low-rank adapter, drop a cache.
+    This calls the module's own ``train``, which may do more than set a mode: unmerge a low-rank adapter, drop a cache.
 
     Args:
         module: The module.
@@ -24,6 +24,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.eval()
         yield
     finally:
-        module.train(modes[0][1])  # its own: it is the first of its modules
+        module.train(modes[0][1])  # the first entry is the module itself
         for m, training in modes:
             m.training = training

@@ -1,4 +1,4 @@
-"""What forward passes show of a model: which layers run, on what, and what becomes of weights and outputs."""
+"""Observation of forward passes: which layers run, on which inputs, and how weights and outputs are used."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from lightning_qat_osc.quantizers import InputQuantizer
 
 __all__ = ["Observation", "ObservedInput"]
 
-_SAMPLE_PER_CALL = 2**16  # elements of each layer's input that are kept of a forward pass
-_SAMPLE = 2**18  # and of all forward passes, of all ranks
-_GOLDEN = (5**0.5 - 1) / 2  # steps of a whole number and this are in step with no number of features
-_PLASTIC = 0.7548776662466927  # and multiples of this with neither (the root of x^3 + x^2 = 1, as that of x^2 + x = 1)
-_UNIT = 2**20  # of positions: floats of 32 bits, which are all that some devices have, are even above 2^24
+_SAMPLE_PER_CALL = 2**16  # elements of each layer's input that are kept from one call
+_SAMPLE = 2**18  # and from all calls of all ranks together
+_GOLDEN = (5**0.5 - 1) / 2  # a step of a whole number plus this aligns with no number of features
+_PLASTIC = 0.7548776662466927  # its multiples align with neither (the root of x^3 + x^2 = 1; _GOLDEN: of x^2 + x = 1)
+_UNIT = 2**20  # fixed-point positions: float32, all that some devices have, skips odd integers above 2^24
 
 
 def _parts_around(name: str) -> list[str]:
-    """The parts of the model that a layer is in, the outermost first, the layer last."""
+    """Return the names of the modules that contain a layer, the outermost first, and last the layer's own."""
     parts = name.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _sample(x: Tensor, *, convolved: bool) -> Tensor:
-    """Some elements of a layer's input, flat, of all of its features and places."""
+    """Return some elements of a layer's input, flattened, from all of its features and positions."""
     flat = x.detach().flatten()
     every = -(-flat.numel() // _SAMPLE_PER_CALL)
-    if convolved:  # its features are far apart, and its pixels mostly even in number
+    if convolved:  # a channel's pixels are adjacent and mostly even in number, so the step must be odd
         return flat[:: every | 1]
     return flat if every == 1 else _spread(flat, every + _GOLDEN)
 
 
 def _spread(flat: Tensor, every: float, phase: float = 0.0) -> Tensor:
-    """Every so many elements, at least one; the first after a share of that number."""
+    """Return one of ``every`` elements, at least one in total, from an offset of the share ``phase`` of ``every``."""
     step, start = int(every * _UNIT), int(phase * min(every, flat.numel()) * _UNIT)
     count = -(-(flat.numel() * _UNIT - start) // step)
     return flat[(torch.arange(count, device=flat.device) * step + start) // _UNIT]
@@ -53,18 +53,18 @@ def _spread(flat: Tensor, every: float, phase: float = 0.0) -> Tensor:
 
 @dataclass
 class ObservedInput:
-    """What was seen of one layer's input: a sample, and the extremes and finiteness of all of it."""
+    """What was seen of one layer's input: a sample, and of all elements the extremes and whether they are finite."""
 
     samples: list[Tensor] = field(default_factory=list)
     lows: list[Tensor] = field(default_factory=list)
     highs: list[Tensor] = field(default_factory=list)
     finite: list[Tensor] = field(default_factory=list)
-    convolved: bool = field(default=False, kw_only=True)  # it is a convolution's, [N, C, ...]
-    every: float = field(default=1.0, kw_only=True)  # element of a call's sample is kept: fewer, the more calls
-    kept: int = field(default=0, kw_only=True)  # elements in all samples: of calls there may be thousands
+    convolved: bool = field(default=False, kw_only=True)  # the input is that of a convolution, [N, C, ...]
+    every: float = field(default=1.0, kw_only=True)  # keep one of `every` elements of a call; grows with calls
+    kept: int = field(default=0, kw_only=True)  # total elements in all samples: calls may be thousands
 
     def add(self, x: Tensor) -> None:
-        """Take the input of a call in: floating-point numbers, at least one."""
+        """Add the input of one call: a floating-point tensor with at least one element."""
         sample = _sample(x, convolved=self.convolved).to(torch.promote_types(x.dtype, torch.float32))
         phase = self._phase(len(self.samples))
         self.samples.append(sample.clone() if self.every == 1.0 else _spread(sample, self.every, phase))
@@ -77,18 +77,18 @@ class ObservedInput:
         self.highs.append(flat.amax())
 
     def thin_out(self, most: int) -> None:
-        """Keep at most so many elements, as large a share of each call."""
+        """Keep at most ``most`` elements (or one per call), the same share of each call's sample."""
         while self.kept > max(most, len(self.samples)):
             self.every *= 2.0 + _GOLDEN
             self.samples = [_spread(sample, 2.0 + _GOLDEN, self._phase(i)) for i, sample in enumerate(self.samples)]
             self.kept = sum(sample.numel() for sample in self.samples)
 
     def _phase(self, call: int) -> float:
-        """Other elements of each call; and, times `every`, others than were kept when there were fewer calls."""
+        """Return a call's sampling offset, which differs between calls and, through ``every``, between thinnings."""
         return call * _PLASTIC * self.every % 1.0
 
     def extend(self, other: ObservedInput) -> None:
-        """Take in what another has seen."""
+        """Add what ``other`` has seen."""
         self.samples += other.samples
         self.kept += other.kept
         self.lows += other.lows
@@ -96,7 +96,7 @@ class ObservedInput:
         self.finite += other.finite
 
     def to(self, device: torch.device | str) -> ObservedInput:
-        """The same on a device."""
+        """Return the same observations on a device."""
         seen = ([t.to(device) for t in ts] for ts in (self.samples, self.lows, self.highs, self.finite))
         return ObservedInput(*seen, every=self.every, kept=self.kept)
 
@@ -114,7 +114,7 @@ class ObservedInput:
             return "its input was 0 throughout calibration and stays in full precision"
         sample = torch.cat(seen.samples)
         sample = sample[sample.isfinite()]
-        if not bool(sample.any()):  # a few values in many zeros, which it has missed
+        if not bool(sample.any()):  # the sample missed the few values that are not 0
             sample = sample.new_tensor([low, high])
         quantizer.calibrate(sample, low, high)
         if not bool(torch.stack(seen.finite).all()):
@@ -127,17 +127,17 @@ class Observation:
 
     Args:
         layers: The layers of the model that can be quantized, by name.
-        trained: Names of those that are trained.
+        trained: Names of the layers that are trained.
 
     Attributes:
         inputs: What was seen of each argument, by layer and argument.
-        repeated: Arguments that were, in some call, the tensor of one before them.
+        repeated: Arguments that were, in some call, the same tensor as an earlier argument.
         called: Names of the layers that ran, in the order of their first calls.
-        first: Of those that are trained, or whose outputs such ones read, the first to run; once it is finished.
-        last: Of those that are trained, the last to begin a forward pass.
+        first: The first layer to run that is trained or belongs to a backbone; set by :meth:`finish`.
+        last: The trained layer that was the last to begin a forward pass.
         weights: What is done to quantized weights.
-        flow: Where the outputs of layers that are not trained go, by the parts of the model that they are in.
-        part_of: Name of a layer -> the outermost part of the model around it in which nothing is trained.
+        flow: Where the outputs of untrained layers go, by the parts of the model that contain these layers.
+        part_of: Name of a layer -> outermost module around it without trained layers; its own name if it is trained.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], trained: Collection[str]) -> None:
@@ -166,7 +166,7 @@ class Observation:
         """Watch every forward pass inside the context.
 
         Args:
-            weights: Watch what is done to weights, too: not for a context in which optimizers move them.
+            weights: Also watch what is done to weights; False for a context in which optimizers update them.
         """
         with ExitStack() as watching:
             for name, layer in self._layers.items():
@@ -183,7 +183,7 @@ class Observation:
     def _enter(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._running.append((name, layer))
         self.called[name] = None
-        in_backward = torch._C._current_graph_task_id() != -1  # as activation checkpointing runs layers again
+        in_backward = torch._C._current_graph_task_id() != -1  # activation checkpointing runs layers again there
         if name in self._trained and not in_backward:
             self.flow.arrive((args, kwargs))
             self.last = name
@@ -192,7 +192,7 @@ class Observation:
         for argument, given, same_as in given_arguments(layer.argument_quantizers, args, kwargs):
             x = given.data if isinstance(given, PackedSequence) else given
             if same_as is not None:
-                self.repeated.add((name, argument))  # one tensor is quantized once
+                self.repeated.add((name, argument))  # a tensor given twice is quantized once
             elif isinstance(x, Tensor):
                 observed = self.inputs.setdefault((name, argument), ObservedInput(convolved=isinstance(layer, _ConvNd)))
                 if x.is_floating_point() and x.numel() > 0:
@@ -206,11 +206,11 @@ class Observation:
 
     @property
     def backbones(self) -> frozenset[str]:
-        """Parts whose outputs trained layers read, where these read the batch through such parts alone."""
+        """Untrained parts whose outputs trained layers read; none if a trained layer also reads the batch directly."""
         return frozenset() if self.flow.bypassed else self.flow.arrived
 
     def finish(self) -> None:
-        """Find the first layer, and give every rank what all ranks observed, in the order of the ranks."""
+        """Find the first layer, and give every rank the calls and inputs of all ranks, in the order of the ranks."""
         self.first = next((n for n in self.called if n in self._trained or self.part_of[n] in self.backbones), None)
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return

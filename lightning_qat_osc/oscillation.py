@@ -1,4 +1,4 @@
-"""Oscillations of quantized weights: what is remembered of each weight, and how a step changes it.
+"""Oscillations of quantized weights: the state that is kept for each weight, and how a step updates it.
 
 Source of every equation: Nagel et al., *Overcoming Oscillations in Quantization-Aware Training*, ICML 2022,
 arXiv 2203.11086, Secs. 4.1 and 4.3 and Algorithm 1.
@@ -22,21 +22,21 @@ _TENSORS = ("weight_int", "direction", "frequency", "ema_int", "frozen")
 
 
 class OscillationState(nn.Module):
-    """Oscillation history of one weight tensor, 11 bytes a weight. It changes once per optimizer step.
+    """Oscillation history of one weight tensor, updated once per optimizer step. It takes 11 bytes per weight.
 
-    Its tensors move, load and save with the module that holds them, but are no buffers: every DDP rank computes the
-    same ones, so none is to be broadcast, and an exponential moving average of the model has no meaning for them.
-    The floating ones stay in 32 bits whatever precision the model trains in.
+    Its tensors are moved, loaded and saved with the module that holds them, but are not buffers: every DDP rank
+    computes identical values, so they need no broadcast, and an exponential moving average of the model must not
+    average them. Floating-point tensors stay in float32, whatever precision the model trains in.
 
     Args:
-        weight_int: Integers of the weights before the first step, int8, of the weight's shape.
+        weight_int: Integers of the weights before the first step, int8, in the shape of the weight.
 
     Attributes:
         weight_int: Integers after the last step, int8.
         direction: Sign of the last change of each integer, int8; 0 before any change.
         frequency: Exponential moving average of the oscillations, f, in oscillations per step.
         ema_int: Exponential moving average of the integers.
-        frozen: Whether the integer is held for the rest of training.
+        frozen: Whether the integer stays fixed for the rest of training, bool.
     """
 
     def __init__(self, weight_int: Tensor) -> None:
@@ -58,11 +58,11 @@ class OscillationState(nn.Module):
             f_t = m \, o_t + (1 - m) f_{t-1}, \qquad
             \mathrm{ema}_t = m \, w^t_{int} + (1 - m) \, \mathrm{ema}_{t-1}
 
-        with :math:`\tau` the step of the last change. A first change has no earlier direction and is no oscillation, as
-        in the paper's text and the authors' code. The integer of a frozen weight does not change.
+        with :math:`\tau` the step of the last change. The first change has no earlier direction, so it is not an
+        oscillation, as in the paper's text and the authors' code. The integer of a frozen weight does not change.
 
         Args:
-            weight_int: Integers after the step, of the dtype and shape of the stored ones.
+            weight_int: Integers after the step, with the dtype and shape of the stored ones.
             momentum: Weight of the new value, m.
         """
         z, frozen = weight_int.float(), self.frozen.float()
@@ -70,7 +70,7 @@ class OscillationState(nn.Module):
 
     @torch.no_grad()
     def freeze(self, threshold: float) -> None:
-        """Freeze the weights that oscillate more often than a threshold, at round(ema_int) (Algorithm 1).
+        """Freeze weights that oscillate more often than a threshold, at round(ema_int) (Algorithm 1).
 
         Args:
             threshold: Frequency above which a weight is frozen, f_th.
@@ -81,21 +81,21 @@ class OscillationState(nn.Module):
 
     @torch.no_grad()
     def hold_frozen(self, weight: Tensor, scale: Tensor) -> None:
-        """Put the latent weights that are frozen back at ``s z``, in place, so that they round to their integer.
+        """Reset frozen latent weights to ``s z`` in place, so that they round to their integer z.
 
         Args:
             weight: Latent weights.
-            scale: Their scale, which goes on learning, broadcastable against ``weight``.
+            scale: Their scale, which is still trained, broadcastable against ``weight``.
         """
         held = (scale * self.weight_int).to(weight.dtype)
         weight.copy_(torch.where(self.frozen, held, weight))
 
     @torch.no_grad()
     def forget_where_moved(self, weight_int: Tensor) -> None:
-        """Begin the history anew where weights have been moved without it: by a fit that did not track them.
+        """Reset the history of weights whose integers have changed without an update, as in a fit without tracking.
 
         Args:
-            weight_int: Integers now, of the dtype and shape of the stored ones.
+            weight_int: Current integers, with the dtype and shape of the stored ones.
         """
         moved = weight_int != self.weight_int
         self.ema_int.copy_(torch.where(moved, weight_int.float(), self.ema_int))
@@ -104,7 +104,7 @@ class OscillationState(nn.Module):
             of_the_past.mul_(~moved)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow the module to another device, never to another dtype."""
+        """Move the tensors to another device with the module, but keep their dtypes."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in _TENSORS:
             tensor: Tensor = getattr(self, name)
@@ -113,7 +113,7 @@ class OscillationState(nn.Module):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Have memory of its own in a process that was spawned: Lightning sees to that for parameters and buffers."""
+        """Copy tensors out of shared memory in a spawned process. Lightning does so for parameters and buffers only."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name in _TENSORS:
             tensor: Tensor = getattr(self, name)
@@ -124,7 +124,7 @@ class OscillationState(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in _TENSORS:
             tensor: Tensor = getattr(self, name)
-            # of memory that several states share, only the own part is to be saved
+            # several states may share one storage: save only the part of this one
             shares = tensor.untyped_storage().nbytes() > tensor.nbytes
             destination[prefix + name] = tensor.clone() if shares else tensor
 
@@ -139,7 +139,7 @@ class OscillationState(nn.Module):
         error_msgs: list[str],
     ) -> None:
         if prefix and not any(key.startswith(prefix) for key in state_dict):
-            return  # a model's state in full precision, or from before tracking
+            return  # the state of a full-precision model, or one saved before tracking began
         for name in _TENSORS:
             tensor: Tensor = getattr(self, name)
             saved = state_dict.get(prefix + name)
@@ -152,26 +152,26 @@ class OscillationState(nn.Module):
 
 
 def _whole() -> torch.dtype:
-    """What whole numbers are computed in: compiled, CPUs have minima and conversions of integers for less."""
+    """Return the dtype for whole numbers: in compiled CPU code, minima and conversions of integers cost less."""
     return torch.int32 if torch.compiler.is_compiling() else torch.float32
 
 
 def _move(old: Tensor, share: Tensor | float, new: Tensor) -> None:
-    """Move ``old`` a share of the way to ``new``, in place: by 0 or 1 of it exactly, between whole numbers."""
+    """Move ``old`` a share of the way to ``new``, in place. Whole numbers move by a share of 0 or 1, exactly."""
     if not torch.compiler.is_compiling():
         old.lerp_(new, share)  # in one pass
     elif old.is_floating_point():
         old.add_(share * (new - old))
     else:
-        old.bitwise_xor_((old ^ new) & -share)  # -1 is all bits and 0 none, and products of integers are slow
+        old.bitwise_xor_((old ^ new) & -share)  # -1 has all bits set and 0 none; integer products are slow
 
 
 def _hold(weight: Tensor, frozen: Tensor, at: Tensor) -> None:
-    """Put the weights at ``at`` where ``frozen`` is 1."""
+    """Set the weights to ``at`` where ``frozen`` is 1, in place."""
     if torch.compiler.is_compiling():
         weight.copy_(torch.where(frozen > 0, at, weight))
     else:
-        weight.lerp_(at, frozen.to(weight.dtype))  # without a mask, which CPUs are slow with, and exact at 0 and 1
+        weight.lerp_(at, frozen.to(weight.dtype))  # no mask, which is slow on CPUs; exact at 0 and 1
 
 
 def _track(
@@ -183,12 +183,12 @@ def _track(
     frozen: Tensor,
     momentum: Tensor | float,
 ) -> None:
-    """Section 4.1 in place. ``z``: the integers after the step; ``frozen``: 0 and 1; both of one dtype."""
+    """Apply Sec. 4.1 in place. ``z``: the integers after the step; ``frozen``: 0 or 1; both of the same dtype."""
     before = weight_int.to(z.dtype)
     _move(z, frozen, before)
-    delta = z.sub(before).clamp_(-1, 1)  # its sign: a difference of integers
+    delta = z.sub(before).clamp_(-1, 1)  # the sign, since it is a difference of integers
     last = direction.to(z.dtype)
-    oscillated = (delta * last).clamp_(max=0).neg_()  # opposite signs, neither of them 0
+    oscillated = (delta * last).clamp_(max=0).neg_()  # 1 for opposite signs, neither of which is 0
     _move(frequency, momentum, oscillated.to(frequency.dtype))
     _move(ema_int, momentum, z.to(ema_int.dtype))
     _move(last, delta.abs(), delta)
@@ -199,8 +199,8 @@ def _track(
 def _freeze(
     z: Tensor, weight_int: Tensor, frequency: Tensor, ema_int: Tensor, frozen: Tensor, threshold: Tensor | float
 ) -> None:
-    """Algorithm 1's freezing in place, of the same ``z`` and ``frozen``."""
-    above = frequency.clone().gt_(threshold)  # in place: numbers, and no mask
+    """Apply the freezing of Algorithm 1 in place. ``z`` and ``frozen`` are as in :func:`_track`."""
+    above = frequency.clone().gt_(threshold)  # in place, to get numbers instead of a mask
     newly_frozen = above.to(z.dtype).sub_(frozen).clamp_(min=0)
     _move(z, newly_frozen, ema_int.round().to(z.dtype))
     frozen.add_(newly_frozen)
@@ -220,18 +220,19 @@ def advance(
     quant_min: Limit,
     quant_max: Limit,
 ) -> None:
-    """One optimizer step of :class:`OscillationState`, in place: ``update``, and ``freeze`` and ``hold_frozen``.
+    """Advance an :class:`OscillationState` by one step in place: ``update``, then ``freeze`` and ``hold_frozen``.
 
     Args:
         scale: Scale of the weights after the step, broadcastable against them.
         weight: Latent weights after the step.
-        weight_int: The state's integers.
-        direction: The state's.
-        frequency: The state's.
-        ema_int: The state's.
-        frozen: The state's, or the same as numbers 0 and 1.
+        weight_int: ``weight_int`` of the state.
+        direction: ``direction`` of the state.
+        frequency: ``frequency`` of the state.
+        ema_int: ``ema_int`` of the state.
+        frozen: ``frozen`` of the state, or the same as numbers 0 and 1.
         momentum: Weight of the new value, m; a tensor without dimensions for compiled kernels.
-        threshold: Frequency above which a weight is frozen, likewise; None neither freezes nor holds.
+        threshold: Frequency above which a weight is frozen; a tensor for compiled kernels, like ``momentum``. None
+            neither freezes weights nor holds frozen ones.
         quant_min: Smallest integer.
         quant_max: Largest integer.
     """
@@ -245,19 +246,19 @@ def advance(
 
 
 def pass_on_gradient(scale_grad: Tensor, weight_grad: Tensor, weight_int: Tensor, frozen: Tensor) -> None:
-    r"""Give the scale the gradient that frozen weights owe it, and take theirs, both in place.
+    r"""Pass the gradient of frozen weights on to their scale, and set theirs to 0, both in place.
 
     A frozen weight is :math:`w_q = s z` with z constant, so :math:`\partial w_q / \partial s = z` (Sec. 4.3). The
-    forward pass knows nothing of that: its latent weight lies at s z, where LSQ gives round(v) - v = 0 and the
-    straight-through gradient g arrives in ``weight_grad``. What is missing in ``scale_grad`` is the sum of g z. Where
-    s z rounds to just outside the grid, g is 0 there and LSQ's own term is z already. The correction is linear in
-    the gradients, so it holds after accumulation, averaging over ranks and unscaling.
+    forward pass does not account for this: the latent weight lies at s z, where LSQ's term round(v) - v is 0 and the
+    straight-through gradient g arrives in ``weight_grad``. So ``scale_grad`` lacks the sum of g z, which is added here.
+    Where rounding errors put s z just outside the grid, g is 0 and LSQ's term already is z. The correction is linear in
+    the gradients, so it remains valid after accumulation, averaging over ranks and unscaling.
 
     Args:
-        scale_grad: Gradient of the scale, of its shape or of that of the weights.
-        weight_grad: Gradient of the latent weights; 0 at the frozen ones afterwards.
-        weight_int: The state's integers.
-        frozen: The state's, or the same as numbers 0 and 1.
+        scale_grad: Gradient of the scale, in the shape of the scale or of the weights.
+        weight_grad: Gradient of the latent weights; afterwards 0 for frozen weights.
+        weight_int: ``weight_int`` of the state.
+        frozen: ``frozen`` of the state, or the same as numbers 0 and 1.
     """
     of_frozen = weight_grad * frozen.to(scale_grad.dtype)
     weight_grad.sub_(of_frozen)

@@ -1,4 +1,4 @@
-"""The quantization plan: what is quantized, and how, as a table for people and as data for YAML."""
+"""The quantization plan: what is quantized, and how, as a text table and as data for YAML."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class LayerPlan:
     Attributes:
         layer: Name of the layer.
         type: Its class.
-        shape: Shape of its weight; empty where the line is that of a further input.
+        shape: Shape of its weight; empty if the line is only for a further input.
         weight_bits: Bits of the weight, None for full precision.
-        weight_scale: Its scale; the mean of the scales per channel.
+        weight_scale: Scale of the weight; with one scale per channel, their mean.
         activation_bits: Bits of the input, None for full precision.
-        activation_scale: Its scale.
-        activation_range: The smallest and the largest input on the grid.
+        activation_scale: Scale of the input.
+        activation_range: The smallest and the largest input value that the grid represents.
     """
 
     layer: str
@@ -44,10 +44,10 @@ class LayerPlan:
 
 
 def quantization_plan(module: nn.Module) -> list[LayerPlan]:
-    """What is quantized, and how, in the order of the model's layers.
+    """Return what is quantized, and how, in the order of the model's layers.
 
-    A layer with several weights or inputs has a line for each; those after the first are named ``layer.parameter``.
-    Where weights are sharded, every process has to call it.
+    A layer with several weights or inputs has a line for each. Lines after the first are named ``layer.parameter``, or
+    ``layer.argument`` if only an input is left. If weights are sharded, every rank must call this function.
 
     Args:
         module: A quantized model. Before its ranges are set, scales and activation ranges are None.
@@ -56,7 +56,7 @@ def quantization_plan(module: nn.Module) -> list[LayerPlan]:
         A line for each layer, whose fields :class:`LayerPlan` describes.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If ``module`` is not a module.
     """
     check_module("module", module)
     lines = []
@@ -90,7 +90,7 @@ def _line(
 
 
 def format_plan(plan: list[LayerPlan]) -> str:
-    """A quantization plan as a table for people."""
+    """Format a quantization plan as a text table."""
 
     def text(value: float | int | None, form: str = "") -> str:
         return "full" if value is None else format(value, form)

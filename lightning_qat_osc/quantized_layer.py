@@ -1,4 +1,4 @@
-"""The quantized form of a layer: a subclass of its class, whose forward quantizes and calls the layer's own."""
+"""The quantized form of a layer: a subclass of its class whose forward quantizes and then calls the layer's own."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ class QuantizedLayer(nn.Module):
     """What :func:`quantized_class` adds to a layer's class: quantizers as children, and a forward that calls them.
 
     The layer keeps its own parameters and their names, so that checkpoints of the float model load, and its own
-    forward, which sees quantized weights where it reads ``self.weight``. Everyone else sees the latent weights.
+    forward, which sees quantized weights where it reads ``self.weight``. All other code sees the latent weights.
 
-    The quantizer of the parameter ``weight`` is the child ``weight_quantizer``, and so for every other parameter; that
-    of the first argument of ``forward`` is ``input_quantizer``, where there are several each is called by its argument.
+    The quantizer of the parameter ``weight`` is the child ``weight_quantizer``, and so on for other parameters. If one
+    argument of ``forward`` is quantized, its quantizer is ``input_quantizer``; if several are, each quantizer is named
+    after its argument, such as ``query_quantizer``.
 
     Attributes:
-        quant_config: What was asked for when the quantizers were inserted.
+        quant_config: The configuration with which the quantizers were inserted.
         parameter_quantizers: Name of a parameter -> name of its quantizer.
         argument_quantizers: Name of an argument of ``forward`` -> name of its quantizer.
     """
 
     float_class: type[nn.Module]
-    """The class that the layer had before."""
+    """The class that the layer had before it was quantized."""
     float_forward: Callable[..., Any]
-    """Its forward, or the one that calls what it reads past."""
+    """The forward of that class, or a replacement that calls submodules whose weights the original only reads."""
     quant_config: QuantConfig
     parameter_quantizers: dict[str, str]
     argument_quantizers: dict[str, str]
@@ -46,11 +47,11 @@ class QuantizedLayer(nn.Module):
     def add_quantizers(
         self, config: QuantConfig, weights: Mapping[str, WeightQuantizer], inputs: Mapping[str, InputQuantizer]
     ) -> None:
-        """Take quantizers in.
+        """Add quantizers as children.
 
         Args:
-            config: What was asked for.
-            weights: Name of a parameter -> its quantizer, which layers that share the parameter share.
+            config: The configuration that the quantizers follow.
+            weights: Name of a parameter -> its quantizer. Layers that share a parameter share its quantizer.
             inputs: Name of an argument of ``forward`` -> its quantizer, in the order of the arguments.
         """
         self.quant_config = config
@@ -64,15 +65,15 @@ class QuantizedLayer(nn.Module):
         self.train(self.training)
 
     def weight_quantizers(self) -> dict[str, WeightQuantizer]:
-        """Name of a parameter -> its quantizer."""
+        """Return a dictionary: name of a parameter -> its quantizer."""
         return {name: getattr(self, child) for name, child in self.parameter_quantizers.items()}
 
     def input_quantizers(self) -> dict[str, InputQuantizer]:
-        """Name of an argument of ``forward`` -> its quantizer."""
+        """Return a dictionary: name of an argument of ``forward`` -> its quantizer."""
         return {name: getattr(self, child) for name, child in self.argument_quantizers.items()}
 
     def quantizers(self) -> list[Quantizer]:
-        """All of them, those of weights first."""
+        """Return all quantizers of the layer, those of weights first."""
         return [*self.weight_quantizers().values(), *self.input_quantizers().values()]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,7 +99,7 @@ class QuantizedLayer(nn.Module):
             substitutes[name] = _quantized(getattr(self, self.parameter_quantizers[name]), weight, recipes)
         idle = [q.scale.sum() for q in self.quantizers() if not q.active]
         if idle:
-            # DDP waits for a gradient of every parameter, also of a scale that is not in use: it gets 0
+            # DDP waits for a gradient of every parameter, so a scale that is not in use gets a gradient of 0
             name = next(iter(substitutes)) if substitutes else weight_names(self)[0]
             substitutes[name] = substitutes.get(name, getattr(self, name)) + 0.0 * sum(idle)
         if not recipes:
@@ -109,14 +110,14 @@ class QuantizedLayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *keys_and_errors: list[str]
     ) -> None:
-        """Load the layer, and name what the state quantizes and this layer leaves in full precision.
+        """Load the layer, and report what the state quantizes but this layer leaves in full precision.
 
-        After its weights from a state without quantizers, these are stale.
+        If the state has weights of the layer but no quantizers, the layer's quantizers become stale.
         """
         self.float_class._load_from_state_dict(self, state_dict, prefix, metadata, strict, *keys_and_errors)
         inside = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         own = [key for key in inside if "." not in key or key.startswith("parametrizations.")]
-        weights = [key for key in own for name in weight_names(self) if name in key]  # its, or what computes them
+        weights = [key for key in own for name in weight_names(self) if name in key]  # weights, or what computes them
         if weights and not any("_quantizer." in key for key in inside):
             for quantizer in self.quantizers():
                 quantizer.stale = True
@@ -130,7 +131,7 @@ class QuantizedLayer(nn.Module):
                 )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle by the layer's own class: the quantized one is made at run time."""
+        """Pickle a reference to the layer's own class, since the quantized class is created at run time."""
         state = cast(tuple[Any, ...], super().__reduce_ex__(max(protocol, 2)))[2]
         return _new_quantized, (self.float_class,), state
 
@@ -138,15 +139,15 @@ class QuantizedLayer(nn.Module):
 def _forward_with(
     layer: QuantizedLayer, substitutes: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """The layer's own forward, which reads quantized weights."""
+    """Run the layer's own forward with quantized weights in place of the latent ones."""
     latent = layer._parameters
     if torch.compiler.is_compiling() and all(name in latent for name in substitutes):
-        layer._parameters = {**latent, **substitutes}  # torch 2.9 traces no change of __dict__
+        layer._parameters = {**latent, **substitutes}  # torch 2.9 does not trace changes of __dict__
         try:
             return _run(layer, args, kwargs)
         finally:
             layer._parameters = latent
-    # an instance attribute comes before nn.Module's look-up of the parameter of that name
+    # an instance attribute takes precedence over nn.Module's lookup of the parameter of that name
     before = {name: layer.__dict__[name] for name in substitutes if name in layer.__dict__}
     layer.__dict__.update(substitutes)
     try:
@@ -164,7 +165,7 @@ def _run(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _recurrent_forward(layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Any:
-    """A recurrent layer keeps a list of its weights, and reads that."""
+    """Run a recurrent layer with quantized weights in ``_flat_weights``, the list from which it reads them."""
     latent = layer.__dict__["_flat_weights"]
     layer.__dict__["_flat_weights"] = [getattr(layer, name) for name in cast(Any, layer)._flat_weights_names]
     try:
@@ -182,7 +183,7 @@ def _quantized(quantizer: Quantizer, x: Tensor, recipes: list[tuple[Tensor, Reci
 def _quantized_together(
     quantizer: Quantizer, x: Tensor, other: Quantizer, weight: Tensor, recipes: list[tuple[Tensor, Recipe]]
 ) -> tuple[Tensor, Tensor] | None:
-    """An input and a weight from one kernel, or None where each is to be quantized by itself."""
+    """Quantize an input and a weight in one kernel, or return None if they must be quantized separately."""
     if torch.compiler.is_compiling() or not all(q.fused and q.active and not q.hooked for q in (quantizer, other)):
         return None
     both = fake_quantize_pair((x, weight), (quantizer.scale, other.scale), (quantizer.limits, other.limits))
@@ -193,26 +194,26 @@ def _quantized_together(
 
 
 def _note_recipe(quantizer: Quantizer, x: Tensor, quantized: Tensor, recipes: list[tuple[Tensor, Recipe]]) -> None:
-    # a compiler decides by itself what is kept and what is made again
+    # in compiled code, the compiler decides what to keep and what to recompute
     if quantizer.recompute and quantizer.active and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         recipes.append((quantized, quantizer.recipe(x)))
 
 
 def quantized_class(layer_class: type[nn.Module]) -> type[nn.Module]:
-    """The quantized form of a layer's class: a subclass of it whose forward is :meth:`QuantizedLayer.forward`.
+    """Return the quantized form of a layer's class: a subclass whose forward is :meth:`QuantizedLayer.forward`.
 
     Args:
         layer_class: Class of a layer.
 
     Returns:
-        The same class for the same argument.
+        The quantized class, always the same one for the same argument.
     """
     return _make_class(cast(Any, layer_class))
 
 
 @cache
 def _make_class(layer_class: Any) -> type[nn.Module]:
-    # behind the layer's class, so that instances have its layout; what is to come before its own is set here
+    # the layer's class is the first base, so that instances have its layout; what must override it is set here
     bases = (calling_class(layer_class), QuantizedLayer)
     attributes = {
         "__module__": layer_class.__module__,
@@ -233,7 +234,7 @@ def _make_class(layer_class: Any) -> type[nn.Module]:
 
 
 def _reset_parameters(layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Any:
-    """Draw the weights anew, as between folds of a cross-validation: ranges and histories are those of others then."""
+    """Reset the weights, as between folds of a cross-validation, and mark ranges and histories as stale."""
     returned = cast(Any, layer.float_class).reset_parameters(layer, *args, **kwargs)
     for quantizer in layer.quantizers():
         quantizer.stale = True
@@ -241,7 +242,7 @@ def _reset_parameters(layer: QuantizedLayer, *args: Any, **kwargs: Any) -> Any:
 
 
 def _substitutable(name: str, computed: property) -> property:
-    """A weight that a parametrization computes, with the quantized one in its place while ``forward`` runs."""
+    """Return a property that reads a computed weight, or, while ``forward`` runs, the quantized one in its place."""
     assert computed.fget is not None
     compute = computed.fget
 
@@ -258,7 +259,7 @@ def _new_quantized(layer_class: type[nn.Module]) -> nn.Module:
 
 @torch.no_grad()
 def latent_weight(layer: nn.Module, parameter: str) -> Tensor:
-    """A weight before quantization; computed anew where it is no parameter, without advancing the buffers of a norm.
+    """Return a weight before quantization. If it is not a parameter, compute it, without advancing a norm's buffers.
 
     Args:
         layer: A layer, quantized or not.
@@ -267,7 +268,7 @@ def latent_weight(layer: nn.Module, parameter: str) -> Tensor:
     own = layer._parameters.get(parameter)
     if own is not None:
         return own
-    with evaluating(layer):  # spectral norm iterates whenever its weight is read in training mode
+    with evaluating(layer):  # in training mode, spectral norm iterates whenever its weight is read
         for hook in layer._forward_pre_hooks.values():
             if written_parameter(hook) == parameter:
                 hook(layer, ())

@@ -22,24 +22,25 @@ __all__ = ["InputQuantizer", "Quantizer", "WeightQuantizer"]
 
 
 class Quantizer(nn.Module):
-    """A learned scale and the integer grid that it stretches.
+    """Quantizer with a learned scale and an integer grid.
 
-    Until it is calibrated, and with ``bits`` None, it returns what it is given. The scale keeps its precision when the
-    model is cast to a lower one.
+    Until it is calibrated, and when ``bits`` is None, it returns its input unchanged. The scale keeps its precision
+    when the model is cast to a lower one.
 
     Attributes:
         scale: Learned step between two grid points, with at least one dimension: FSDP2 refuses scalars.
         bits: Width of the integers, or None for full precision.
-        pinned: Whether a rule has set the bits, so that being the first or last layer does not.
+        pinned: Whether a rule has set the bits, so that ``first_last_bits`` does not change them.
         quant_min: Smallest integer.
         quant_max: Largest integer.
         zero_point: The integer that stands for 0.0.
         calibrated: Whether the scale and the grid have been set from data.
-        stale: Whether its layer's weights have since come from a state in full precision, or been drawn anew.
-        held: None, or, while its scale wants no gradient because nobody trains it, what its layer was before.
-        scale_grad: Gradient of the scale between the moment it is taken out of the optimizer's sight and the step.
+        stale: Whether the layer's weights have since been loaded from a full-precision state or re-initialized.
+        held: During a fit that does not train scales, whether the layer was "trained" or "frozen" when the scale was
+            set to ``requires_grad=False``; None otherwise.
+        scale_grad: Gradient of the scale, kept here during the optimizer's step so that the optimizer does not use it.
         fused: Whether to compute with compiled kernels.
-        recompute: Whether its layer quantizes again in the backward pass instead of keeping the result for it.
+        recompute: Whether the layer quantizes again in the backward pass instead of saving the result for it.
     """
 
     grid: Tensor
@@ -54,13 +55,13 @@ class Quantizer(nn.Module):
         self.scale_grad: Tensor | None = None
         self.fused = False
         self.recompute = False
-        # bits and range once more, for the checkpoint. As a buffer of floats it survives averaged copies of the model.
+        # a copy of bits and range for checkpoints: a buffer of floats, so that it survives averaging of models
         self.register_buffer("grid", torch.empty(5))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Be without a range again, as where a module that was made on the meta device gets its memory."""
+        """Drop the range. Also called when a module that was created on the meta device is materialized."""
         self.scale.fill_(1.0)
         self.quant_min, self.quant_max, self.zero_point = 0, 0, 0
         self.calibrated = False
@@ -72,48 +73,48 @@ class Quantizer(nn.Module):
         return self.calibrated and self.bits is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize ``x``, of any shape that the scale broadcasts against."""
+        """Fake-quantize ``x``, of any shape that the scale broadcasts to."""
         return self._quantize(x, self.scale) if self.active else x
 
     @property
     def hooked(self) -> bool:
-        """Whether somebody watches its calls, which then have to be made."""
+        """Whether the quantizer has hooks, so that its call must not be bypassed."""
         hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
         return any(hooks)
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The smallest and the largest integer counted from the zero point, n and p."""
+        """The smallest and the largest integer minus the zero point, n and p."""
         return self.quant_min - self.zero_point, self.quant_max - self.zero_point
 
     def _quantize(self, x: Tensor, scale: Tensor) -> Tensor:
         return fake_quantize(x, scale, self.quant_min, self.quant_max, zero_point=self.zero_point, fused=self.fused)
 
     def recipe(self, x: Tensor) -> Recipe:
-        """How ``x`` is quantized."""
+        """Return the recipe that quantizes ``x`` again in the backward pass."""
         return Recipe(self._quantize, (x.detach(), self.scale.detach()))
 
     @torch.no_grad()
     def set_range(self, scale: Tensor, quant_min: int, quant_max: int, zero_point: int = 0) -> None:
-        """Set the scale and the grid, and quantize from now on."""
+        """Set the scale and the grid, and mark the quantizer as calibrated."""
         copy_whole_(self.scale, scale.view(self.scale.shape))
         self.quant_min, self.quant_max, self.zero_point = quant_min, quant_max, zero_point
         self.calibrated = True
         self._write_grid()
 
     def begin_anew(self) -> None:
-        """Be as it was made: to be calibrated."""
+        """Reset bits and range to the state before calibration."""
         self.bits, self.stale = self._bits_asked, False
         self.reset_parameters()
 
     def take_over(self, other: Quantizer) -> None:
-        """Have the bits and the range of another quantizer."""
+        """Copy the bits and the range of another quantizer."""
         self.set_bits(other.bits)
         if other.calibrated:
             self.set_range(whole(other.scale.detach()), other.quant_min, other.quant_max, other.zero_point)
 
     def set_bits(self, bits: int | None) -> None:
-        """Change the width, before calibration."""
+        """Change the bit width, before calibration."""
         self.bits = bits
         self._write_grid()
 
@@ -123,18 +124,18 @@ class Quantizer(nn.Module):
         self.grid.copy_(torch.tensor(values, dtype=self.grid.dtype))
 
     def _read_grid(self) -> None:
-        # rounded: an average of equal numbers is off by an ulp
+        # rounded, because an average of equal numbers can be off by an ulp
         bits, quant_min, quant_max, zero_point, calibrated = (round(value) for value in self.grid.tolist())
         self.bits, self.calibrated = bits or None, bool(calibrated)
         self.quant_min, self.quant_max, self.zero_point = quant_min, quant_max, zero_point
 
     def extra_repr(self) -> str:
-        """Bits, grid and number of scales."""
+        """Return bits, grid and number of scales."""
         limits = f"[{self.quant_min}, {self.quant_max}], zero_point={self.zero_point}"
         return f"bits={self.bits}, {limits if self.calibrated else 'no range yet'}, scales={self.scale.numel()}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow the model to another device or a wider dtype, never to one that would round the scale."""
+        """Move to another device or a wider dtype with the model, but never to a dtype that would round the scale."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -143,7 +144,7 @@ class Quantizer(nn.Module):
         return super()._apply(keep_precision, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the quantizer, if the checkpoint has it."""
+        """Load the quantizer if the state_dict contains it."""
         if any(key.startswith(prefix) for key in state_dict):
             if f"{prefix}grid" not in state_dict:
                 warnings.warn(
@@ -157,18 +158,18 @@ class Quantizer(nn.Module):
 
 
 class WeightQuantizer(Quantizer):
-    """Symmetric signed quantizer of a weight, with the oscillation history of its integers once it is tracked.
+    """Symmetric signed quantizer of a weight, with the oscillation history of its integers once tracking starts.
 
     Args:
         bits: Width of the integers, 2 to 8.
-        weight: The weight, for its shape and device.
+        weight: The weight, which determines the shape and device of the scale.
         granularity: One scale, or one for each output channel.
         channel_dim: The weight's dimension of output channels.
-        method: How the range is initialised.
+        method: How the range is initialized.
         pinned: Whether a rule has set the bits.
 
     Attributes:
-        read_outside: The function that reads the weight outside of its layer, where calibration has seen one.
+        read_outside: Name of a function that calibration has seen read the weight outside of its layer, or None.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class WeightQuantizer(Quantizer):
         self.to(weight.device)
 
     def reset_parameters(self) -> None:
-        """Be without a range and a history again."""
+        """Drop the range and the oscillation history."""
         super().reset_parameters()
         self.oscillation: OscillationState | None = None
 
@@ -204,7 +205,7 @@ class WeightQuantizer(Quantizer):
             weight: The latent weight.
 
         Returns:
-            None, or what was wrong with the weight and what was done about it.
+            None, or a description of what is wrong with the weight and how the range was set nevertheless.
         """
         assert self.bits is not None
         weight = whole(weight)
@@ -218,7 +219,7 @@ class WeightQuantizer(Quantizer):
         scale = estimate_scale(rows, quant_min, quant_max, self.method)
         empty = rows.abs().amax(dim=1) == 0
         if bool(empty.any()):
-            # as if drawn by torch's default initialisation, uniform within 1/sqrt(fan_in), so that training can leave 0
+            # the range of torch's default initialization, uniform within 1/sqrt(fan_in), so that training can leave 0
             fan_in = max(1, weight.numel() // weight.shape[self.channel_dim])
             scale = torch.where(empty, 1.0 / (math.sqrt(fan_in) * quant_max), scale)
             which = "its weight is" if groups == 1 else f"{int(empty.sum())} of its {groups} weight channels are"
@@ -229,35 +230,35 @@ class WeightQuantizer(Quantizer):
         return problem
 
     def to_int(self, weight: Tensor) -> Tensor:
-        """The integers of a weight, int8."""
+        """Return the integers of a weight, int8."""
         return quantize_to_int(weight, self.scale, self.quant_min, self.quant_max)
 
     def start_tracking(self, weight: Tensor) -> OscillationState:
-        """Begin the oscillation history from the weight's integers, or go on with the one that a checkpoint brought.
+        """Return the oscillation history. Create it from the weight's integers if there is none yet.
 
-        A weight that has grown begins anew.
+        An existing history, as from a checkpoint, is kept unless the weight's shape has changed.
         """
         if self.oscillation is None or self.oscillation.weight_int.shape != weight.shape:
             self.oscillation = OscillationState(self.to_int(weight.detach()))
         return self.oscillation
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the history with the quantizer, or begin without one if the checkpoint was made before tracking."""
+        """Load the quantizer with its history, or drop the history if the checkpoint is from before tracking."""
         saved = state_dict.get(f"{prefix}oscillation.weight_int")
         if saved is None and f"{prefix}scale" in state_dict:
             self.oscillation = None
         elif saved is not None and self.oscillation is None:
-            # a scale without memory is about to be the saved one
+            # a scale on the meta device is about to be replaced by the saved one, so its device does not count
             self.oscillation = OscillationState(saved if self.scale.is_meta else saved.to(self.scale.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class InputQuantizer(Quantizer):
-    """Quantizer of a layer's input, per tensor: unsigned where the input is non-negative, else with a zero point.
+    """Per-tensor quantizer of a layer's input: unsigned, with a zero point above 0 if the input has negative values.
 
     Args:
         bits: Width of the integers, 2 to 8.
-        method: How the range is initialised.
+        method: How the range is initialized.
         device: Device of the scale.
         pinned: Whether a rule has set the bits.
     """
@@ -287,5 +288,5 @@ class InputQuantizer(Quantizer):
         quant_min, quant_max, zero_point = activation_grid(sample, low, high, self.bits, self.method)
         n, p = quant_min - zero_point, quant_max - zero_point
         if self.method == "minmax":
-            sample = sample.new_tensor([low, high])  # the extremes of all values, not of a sample
+            sample = sample.new_tensor([low, high])  # the extremes of all observed values, not only of the sample
         self.set_range(estimate_scale(sample.reshape(1, -1), n, p, self.method), quant_min, quant_max, zero_point)

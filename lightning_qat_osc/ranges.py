@@ -1,7 +1,7 @@
-"""Range initialisation: the scale that a grid starts from, estimated from weights or observed activations.
+"""Range initialization: the scale that a grid starts from, estimated from weights or observed activations.
 
-Every estimator takes values of shape ``[G, n]``, one row for each scale (a single row per tensor, one row a channel),
-and works on all rows at once.
+Every estimator takes values of shape ``[G, n]``, one row for each scale (a single row per tensor, or one row per
+channel), and works on all rows at once.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ RangeMethod = Literal["mse", "minmax", "percentile", "lsq"]
 """``mse``: least squared error. ``minmax``: nothing is clipped. ``percentile``: from the 0.1th to the 99.9th.
 ``lsq``: ``2 mean|x| / sqrt(p)``, with p the grid's longer side."""
 
-_TAIL = 0.001  # what the percentile range leaves out at each end
+_TAIL = 0.001  # share of the values that the percentile range leaves out at each end
 _HISTOGRAM_BINS = 2048
 _COARSE, _SMALL, _FINE = 40, 20, 16  # candidates of the MSE search
-_RATIO = 0.8  # of neighbours among the small ones
+_RATIO = 0.8  # of one small candidate to the one before it
 
 
 class _Weighted(NamedTuple):
-    """Values that each stand for a number of elements, or for one: ``values`` and ``counts`` are [G, m]."""
+    """``values`` and how many elements each stands for (``counts`` None: one each). Both are [G, m]."""
 
     values: Tensor
     counts: Tensor | None
 
 
 def _compress(x: Tensor) -> _Weighted:
-    """Long rows as a histogram of their bins' centres, short ones as their elements. x: [G, n]."""
+    """Compress long rows to the bin centers and counts of a histogram; keep the elements of short rows. x: [G, n]."""
     groups, n = x.shape
     if n <= _HISTOGRAM_BINS:
         return _Weighted(x, None)
@@ -48,21 +48,21 @@ def _compress(x: Tensor) -> _Weighted:
 
 
 def _percentiles(x: Tensor, tail: float) -> tuple[Tensor, Tensor]:
-    """The values below and above which a share ``tail`` of the elements lies, each [G]. x: [G, n]."""
+    """Return the values below and above which a share ``tail`` of the elements lies, each [G]. x: [G, n]."""
     n = x.shape[1]
     low, high = max(1, math.ceil(tail * n)), max(1, math.ceil((1.0 - tail) * n))
-    # topk and not kthvalue, which deterministic algorithms exclude on GPUs
+    # topk, because kthvalue raises on GPUs with deterministic algorithms
     return x.topk(low, largest=False).values[:, -1], x.topk(n - high + 1).values[:, -1]
 
 
 def _covering_scale(low: Tensor, high: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """The smallest scale whose grid reaches from ``low`` to ``high``, each [G]."""
+    """Return the smallest scale whose grid reaches from ``low`` to ``high``, each [G]."""
     scale = high / quant_max if quant_max > 0 else torch.zeros_like(high)
     return torch.maximum(scale, low / quant_min) if quant_min < 0 else scale
 
 
 def _squared_error(weighted: _Weighted, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """Sum of squared quantization errors of each row. scale: [G]."""
+    """Return the sum of squared quantization errors of each row. scale: [G]."""
     s = scale.unsqueeze(1)
     error = (weighted.values / s).round_().clamp_(quant_min, quant_max).mul_(s).sub_(weighted.values)
     error.square_()
@@ -72,7 +72,7 @@ def _squared_error(weighted: _Weighted, scale: Tensor, quant_min: int, quant_max
 
 
 def _mse_scale(weighted: _Weighted, covering: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """Search the scale of least squared error among shares of the covering one, coarsely and then around the best."""
+    """Search for the scale of least squared error among shares of ``covering``, coarsely and then around the best."""
     best_share = torch.ones_like(covering)
     best_error = torch.full_like(covering, torch.inf)
 
@@ -85,7 +85,7 @@ def _mse_scale(weighted: _Weighted, covering: Tensor, quant_min: int, quant_max:
 
     for k in range(1, _COARSE + 1):
         consider(torch.full_like(covering, k / _COARSE))
-    for k in range(1, _SMALL + 1):  # where a few outliers are far from all others
+    for k in range(1, _SMALL + 1):  # for rows with a few outliers far from all other values
         consider(torch.full_like(covering, _RATIO**k / _COARSE))
     coarse_share, small = best_share, best_share < 1.0 / _COARSE
     for k in range(1, _FINE + 1):
@@ -95,10 +95,10 @@ def _mse_scale(weighted: _Weighted, covering: Tensor, quant_min: int, quant_max:
 
 
 def _power_of_two(largest: Tensor) -> Tensor:
-    """A power of two near each largest absolute value, [G].
+    """Return a power of two near each largest absolute value, [G].
 
-    In these units squares of tiny values are not 0 and sums of huge ones not infinite, and nothing is rounded. Taken on
-    the CPU, where powers are exact on every machine.
+    Dividing by it rounds nothing, and keeps squares of tiny values from becoming 0 and sums of huge ones from becoming
+    infinite. It is computed on the CPU, where powers are exact on every machine.
     """
     exponent = torch.frexp(largest.cpu()).exponent.clamp_(-126, 126)
     return torch.ldexp(torch.ones_like(exponent, dtype=largest.dtype), exponent).to(largest.device)
@@ -110,16 +110,16 @@ def estimate_scale(x: Tensor, quant_min: int, quant_max: int, method: RangeMetho
 
     Args:
         x: Finite values, [G, n].
-        quant_min: Smallest integer less the zero point, at most 0.
-        quant_max: Largest integer less the zero point, at least 0.
+        quant_min: Smallest integer minus the zero point, at most 0.
+        quant_max: Largest integer minus the zero point, at least 0.
         method: ``mse`` searches for the least squared error (the paper's choice, arXiv 2203.11086, Sec. 5.1);
             ``minmax`` covers every value; ``percentile`` covers those from the 0.1th to the 99.9th percentile; ``lsq``
             is 2 mean|x| / sqrt(p) (arXiv 1902.08153, Sec. 2.1), with p the larger of ``quant_max`` and
-            ``-quant_min - 1``. The paper, without zero points, has ``quant_max``, which is small where most of a grid
-            is below its zero point.
+            ``-quant_min - 1``. The paper has no zero points and uses ``quant_max``, which is small if most of the grid
+            lies below the zero point.
 
     Returns:
-        Positive scales, [G], within the normal numbers of 32 bits: of a row of zeros the smallest.
+        Positive scales, [G], in the range of normal float32 numbers. A row of zeros gets the smallest of these.
 
     Raises:
         ValueError: If the method is unknown.
@@ -136,7 +136,7 @@ def estimate_scale(x: Tensor, quant_min: int, quant_max: int, method: RangeMetho
         scale = 2.0 * x.abs().mean(dim=1) / math.sqrt(max(quant_max, -quant_min - 1, 1))
     elif method == "percentile":
         scale = _covering_scale(*_percentiles(x, _TAIL), quant_min, quant_max)
-        scale = torch.where(scale > smallest, scale, covering)  # more than 99.9 % zeros
+        scale = torch.where(scale > smallest, scale, covering)  # for more than 99.9 % zeros
     elif method == "mse":
         scale = torch.cat([_mse_scale(_compress(b), cover, quant_min, quant_max) for cover, b in blocks([covering, x])])
     else:
@@ -146,18 +146,18 @@ def estimate_scale(x: Tensor, quant_min: int, quant_max: int, method: RangeMetho
 
 @torch.no_grad()
 def activation_grid(x: Tensor, low: float, high: float, bits: int, method: RangeMethod = "mse") -> tuple[int, int, int]:
-    """Choose the integers for an activation: unsigned where it is non-negative, else with a zero point.
+    """Choose the unsigned integers for an activation, with a zero point above 0 if it has negative values.
 
     Args:
-        x: A sample of the finite values, 1-dimensional.
+        x: A sample of the finite values of the activation, 1-dimensional.
         low: Smallest value observed.
         high: Largest value observed.
         bits: Width of the integers.
         method: ``minmax`` sets the zero point from ``low`` and ``high``; the others from the 0.1th and 99.9th
-            percentile, so that one outlier does not take the grid from one side.
+            percentile, so that one outlier on one side does not take nearly the whole grid.
 
     Returns:
-        ``(quant_min, quant_max, zero_point)`` with ``quant_min`` 0; the zero point is 0 where nothing was negative.
+        ``(quant_min, quant_max, zero_point)`` with ``quant_min`` 0. The zero point is 0 if no value was negative.
     """
     quant_max = 2**bits - 1
     if low >= 0.0:
@@ -167,6 +167,6 @@ def activation_grid(x: Tensor, low: float, high: float, bits: int, method: Range
         if low_tail < high_tail:
             low, high = low_tail.item(), high_tail.item()
     low, high = min(low, 0.0), max(high, 0.0)
-    # at least one integer below 0 and, where anything above it was seen, one above
+    # at least one integer below the zero point and, if positive values were seen, one above it
     zero_point = min(max(round(-low / (high - low) * quant_max), 1), quant_max - 1 if high > 0.0 else quant_max)
     return 0, quant_max, zero_point

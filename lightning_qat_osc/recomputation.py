@@ -1,4 +1,4 @@
-"""Quantized tensors that are made again in the backward pass, instead of being kept for it."""
+"""Recomputation of quantized tensors in the backward pass, instead of keeping them in memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _inside: ContextVar[bool] = ContextVar("_inside", default=False)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a quantized tensor is made.
+    """How to compute a quantized tensor.
 
     Attributes:
-        quantize: Makes it from ``sources``, always in the same way.
-        sources: What it is made from.
+        quantize: Function that computes the tensor from ``sources``, always with the same result.
+        sources: The tensors from which it is computed.
     """
 
     quantize: Callable[..., Tensor]
@@ -30,13 +30,13 @@ class Recipe:
 
     @torch.no_grad()
     def make(self) -> Tensor:
-        """The quantized tensor."""
+        """Compute the quantized tensor."""
         return self.quantize(*self.sources)
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """What is kept of a saved tensor: how its memory is made, the view of it, and the versions of what goes into it."""
+    """What replaces a saved tensor: the recipe for its memory, its view of that memory, and the sources' versions."""
 
     recipe: Recipe
     versions: tuple[int, ...]
@@ -54,7 +54,7 @@ class _Kept:
 
 
 def _what(tensor: Tensor) -> tuple[int, torch.dtype, int]:
-    """What tells a quantized tensor and its views from all others, also from itself after an in-place operation."""
+    """Return a key that only a tensor and its views share, and that an in-place operation changes."""
     return tensor.untyped_storage().data_ptr(), tensor.dtype, tensor._version
 
 
@@ -64,17 +64,17 @@ def _versions(recipe: Recipe) -> tuple[int, ...]:
 
 @contextmanager
 def recomputed(quantized: Sequence[tuple[Tensor, Recipe]]) -> Iterator[None]:
-    """Keep recipes in place of quantized tensors that autograd saves meanwhile, and make these again when it asks.
+    """Save recipes in place of the quantized tensors that autograd saves in this context, and recompute them on demand.
 
-    Where somebody else decides what is kept of saved tensors, as activation checkpointing does, that is left to them.
+    If other hooks on saved tensors are active, as in activation checkpointing, this context does nothing.
 
     Args:
-        quantized: Tensors and how they were made.
+        quantized: Quantized tensors and their recipes.
     """
     if not _inside.get() and _others_decide():
         yield
         return
-    # the hooks outlive this, so they must not hold the tensors
+    # the hooks outlive this context, so they must not hold references to the tensors
     recipes = {_what(tensor): recipe for tensor, recipe in quantized}
 
     def pack(saved: Tensor) -> Tensor | _Kept:

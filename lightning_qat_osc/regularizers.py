@@ -1,4 +1,4 @@
-"""Oscillation dampening: the loss as printed and its gradient in closed form."""
+"""Oscillation dampening: the loss as printed in the paper, and its gradient in closed form."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def _divisor(shape: torch.Size, aggregation: Aggregation) -> int:
 def dampening_loss(
     weight: Tensor, scale: Tensor, quant_min: int, quant_max: int, aggregation: Aggregation = "sum"
 ) -> Tensor:
-    r"""Distance of the latent weights from the centres of their bins.
+    r"""Return the squared distance of the latent weights from the centers of their bins.
 
     .. math:: L_{damp} = \| w_q - \mathrm{clip}(w, s n, s p) \|_F^2
 
-    without a gradient through :math:`w_q`. Source: Nagel et al., arXiv 2203.11086, Sec. 4.2 (Eq. 6). The authors'
-    lambda of 0.1 belongs to ``kernel_mean``, the 1e-4 to 1e-2 of their Table 4 to ``sum``.
+    with no gradient through :math:`w_q`. Source: Nagel et al., arXiv 2203.11086, Sec. 4.2 (Eq. 6). The authors'
+    lambda of 0.1 applies to ``kernel_mean``, the 1e-4 to 1e-2 of their Table 4 to ``sum``.
 
     Args:
         weight: Latent weights; dimension 0 holds the output channels.
@@ -57,7 +57,7 @@ def dampening_loss(
 
 
 def dampening_factor(shape: torch.Size, aggregation: Aggregation) -> float:
-    """What the gradient of the squared distance is multiplied with: 2, divided as the distances are averaged."""
+    """Return the factor in the gradient of the squared distance: 2, divided by the divisor of the aggregation."""
     return 2.0 / _divisor(shape, aggregation)
 
 
@@ -72,7 +72,7 @@ def add_dampening_gradient(
     Args:
         scale: Step between two grid points, broadcastable against ``weight``.
         pull: ``scale`` times lambda times :func:`dampening_factor`.
-        grad: Gradient of the latent weights, to which it is added.
+        grad: Gradient of the latent weights, changed in place.
         weight: Latent weights.
         quant_min: Smallest integer, n.
         quant_max: Largest integer, p.
@@ -85,7 +85,7 @@ def add_dampening_gradient(
 def dampening_gradient(
     weight: Tensor, scale: Tensor, quant_min: int, quant_max: int, aggregation: Aggregation = "sum"
 ) -> Tensor:
-    """Gradient of :func:`dampening_loss`, as :func:`add_dampening_gradient` adds it.
+    """Return the gradient of :func:`dampening_loss`, as :func:`add_dampening_gradient` adds it.
 
     Args:
         weight: Latent weights; dimension 0 holds the output channels.

@@ -1,4 +1,4 @@
-"""Which bits each layer is to have: the model's, or those of the rules that name it."""
+"""Bits of each layer: those of the model, or those of the rules that match the layer."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class LayerBits(NamedTuple):
 
     @property
     def any(self) -> bool:
-        """Whether there are any."""
+        """Whether the weight or the input has bits."""
         return self.weight is not None or self.input is not None
 
 
 def planned_bits(config: QuantConfig, layers: dict[str, nn.Module]) -> dict[str, LayerBits]:
-    """The bits of every layer that is to have any."""
+    """Return the bits of every layer that is to be quantized."""
     planned = {name: _layer_bits(config, name, layer) for name, layer in layers.items()}
     left_out = {name for name, bits in planned.items() if not bits.any}
-    # an attention that is left out calls its fused function, which reads past its output projection
+    # attention that is left out runs torch's fused function, which does not call its output projection as a layer
     left_out |= {f"{name}.out_proj" for name in left_out if isinstance(layers[name], nn.MultiheadAttention)}
     return {name: bits for name, bits in planned.items() if name not in left_out}
 
@@ -52,7 +52,7 @@ def _layer_bits(config: QuantConfig, name: str, layer: nn.Module) -> LayerBits:
 
 
 def _resolve(rules: Sequence[LayerRule], name: str, layer: nn.Module, field: str) -> Bits:
-    """What the rules say of one layer's bits: "default" where they say nothing.
+    """Return the bits that the rules set for one layer, or "default" if no rule sets them.
 
     Raises:
         ValueError: If two rules contradict each other.
@@ -73,10 +73,10 @@ def _resolve(rules: Sequence[LayerRule], name: str, layer: nn.Module, field: str
 
 
 def check_rules_match(rules: Sequence[LayerRule], layers: dict[str, nn.Module]) -> None:
-    """Refuse rules that match no layer, which are typing errors, and those that can have no effect.
+    """Raise for rules that match no layer, as after a typing error, and for rules that can have no effect.
 
     Raises:
-        ValueError: If there is one; the message lists names that are near, or says why.
+        ValueError: If there is such a rule; the message lists similar names or says why it has no effect.
     """
     for rule in rules:
         matching = [layer for name, layer in layers.items() if rule.matches(name, type(layer))]
@@ -101,19 +101,19 @@ def _describe(rule: LayerRule) -> str:
 
 
 def bits_differences(module: nn.Module, config: QuantConfig) -> list[str]:
-    """Where the bits of a calibrated model are none that a configuration can give: it is another one's checkpoint.
+    """List bits of a calibrated model that a configuration cannot give, as when its checkpoint is from another one.
 
     Args:
         module: A model with quantizers.
-        config: What was asked of :func:`quantize_model`.
+        config: The configuration that was passed to :func:`quantize_model`.
 
     Returns:
-        A phrase for each weight and input of which that holds.
+        A phrase for each weight and input with such bits.
     """
     differences = []
     for name, layer in quantized_layers(module).items():
         bits = _layer_bits(config, name, layer)
-        special = {config.first_last_bits} - {None}  # what the first or last layer may have
+        special = {config.first_last_bits} - {None}  # the first or last layer may have these
         weight = {bits.weight} if bits.weight_pinned else {bits.weight} | special
         inputs = {bits.input, None} if bits.input_pinned else {bits.input, None} | special
         for quantizers, allowed in ((layer.weight_quantizers(), weight), (layer.input_quantizers(), inputs)):

@@ -1,4 +1,4 @@
-"""Scales are learned in fits with QuantizationAwareTraining. In others the module's optimizer is not to move them."""
+"""Scales are learned only in fits with QuantizationAwareTraining. Other fits' optimizers must not update them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["hold_scales", "release_scales"]
 
 
 def hold_scales(module: nn.Module) -> None:
-    """Have scales want no gradient, until :func:`release_scales`.
+    """Set ``requires_grad=False`` on all scales until :func:`release_scales` undoes it.
 
     Args:
-        module: A quantized model. Scales that want none by themselves are left alone.
+        module: A quantized model. Scales that already have ``requires_grad=False`` are left alone.
     """
-    reshard(module)  # it has the parts, where a forward pass may have left whole parameters
+    reshard(module)  # a forward pass may have left whole parameters in place of the sharded ones
     for layer in quantized_layers(module).values():
         for quantizer in layer.quantizers():
             if quantizer.scale.requires_grad:
@@ -26,7 +26,7 @@ def hold_scales(module: nn.Module) -> None:
 
 
 def release_scales(module: nn.Module) -> None:
-    """End that. A layer that was trained and is frozen now, as by ``module.freeze()``, keeps its scales as they are.
+    """Undo :func:`hold_scales`. The scales of a layer that was frozen in the meantime, as by ``freeze()``, stay fixed.
 
     Args:
         module: A quantized model.

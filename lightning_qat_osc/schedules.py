@@ -1,6 +1,6 @@
-"""Schedules: factories that return a pure function of the optimizer step, so that there is nothing to save.
+"""Schedules: factories that return a pure function of the optimizer step, which has no state to save.
 
-What they return can be pickled, as strategies that spawn processes do with callbacks.
+The returned functions can be pickled, because strategies that spawn processes pickle callbacks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Schedule = Callable[[float], float]
 
 
 def constant(value: float) -> Schedule:
-    """A schedule that stays at ``value``."""
+    """Return a schedule that stays at ``value``."""
     return partial(_constant, value)
 
 
@@ -25,12 +25,12 @@ def _constant(value: float, step: float) -> float:
 
 
 def cosine_anneal(initial_value: float, final_value: float, total_steps: int, start: float = 0.0) -> Schedule:
-    r"""Anneal from one value to another, upwards or downwards, along half a cosine.
+    r"""Return a schedule from one value up or down to another along half a cosine.
 
     .. math:: a(t) = e + \tfrac{1}{2} (i - e) (1 + \cos(\pi (t - t_0) / (T - t_0))), \qquad t_0 \le t \le T
 
-    with i before :math:`t_0` and e after T. Source: Nagel et al., arXiv 2203.11086, Secs. 4.2-4.3; the hold before
-    :math:`t_0` is their code's.
+    with i before :math:`t_0` and e after T. Source: Nagel et al., arXiv 2203.11086, Secs. 4.2-4.3; the constant
+    value before :math:`t_0` is from the authors' code.
 
     Args:
         initial_value: The value up to the start, i.

@@ -1,4 +1,4 @@
-"""Weights that are sharded over processes (DTensor, as FSDP2 makes them): whole, or each process's own part."""
+"""Access to weights sharded over ranks (DTensor, as in FSDP2): the whole tensor, or the part of this rank."""
 
 from __future__ import annotations
 
@@ -13,30 +13,33 @@ def is_sharded(x: Tensor) -> bool:
     """Whether a tensor is a DTensor."""
     if not dist.is_available():
         return False
-    from torch.distributed.tensor import DTensor  # not there where distributed is not
+    from torch.distributed.tensor import DTensor  # missing if distributed is not available
 
     return isinstance(x, DTensor)
 
 
 def whole(x: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded: a collective, if it is."""
+    """Return the whole tensor. This is a collective operation if the tensor is sharded."""
     return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def own_part(x: Tensor) -> Tensor:
-    """This process's part of a tensor that may be sharded."""
+    """Return the part of a tensor that is on this rank; the tensor itself if it is not sharded."""
     return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def sharded_like(x: Tensor, other: Tensor) -> Tensor:
-    """A tensor that may be sharded, in the parts of another of its shape: a collective, if it is in other parts."""
+    """Redistribute a sharded tensor to the placements of another one of its shape; return other tensors as they are.
+
+    This is a collective operation if the placements differ.
+    """
     if not is_sharded(x):
         return x
     return x.redistribute(placements=other.placements)  # type: ignore[attr-defined, no-any-return]
 
 
 def reshard(module: nn.Module) -> None:
-    """Let FSDP2 shard again what it keeps whole after a forward pass without a backward pass."""
+    """Reshard FSDP2 parameters that are still whole after a forward pass without a backward pass."""
     if dist.is_available():
         from torch.distributed.fsdp import FSDPModule
 
@@ -46,7 +49,7 @@ def reshard(module: nn.Module) -> None:
 
 
 def shard_whole(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, in the parts of another that may be sharded."""
+    """Shard a whole tensor, identical on every rank, like ``like``. Return it as is if ``like`` is not sharded."""
     if not is_sharded(like):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -57,5 +60,5 @@ def shard_whole(value: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_whole_(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor, the same on every process, into one that may be sharded."""
+    """Copy a whole tensor, identical on every rank, into a tensor that may be sharded."""
     target.copy_(shard_whole(value, target))

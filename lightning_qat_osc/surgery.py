@@ -45,50 +45,51 @@ __all__ = [
 
 
 def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Every layer of a kind that can be quantized, by name. Networks inside metrics are not the model's."""
+    """Return every layer that can be quantized, by name. Networks inside metrics are not part of the model."""
     layers = {name: child for name, child in model_modules(module) if layer_kind(type(child)) is not None}
     past = {layer.out_proj for layer in layers.values() if _reads_past_its_projection(layer)}
     return {name: layer for name, layer in layers.items() if layer not in past}
 
 
 def no_layer_to_quantize(module: nn.Module) -> str:
-    """What to tell of a module without quantizable layers."""
+    """Return the error message for a module without quantizable layers."""
     return f"{type(module).__name__} has no layer to quantize: none of {', '.join(kind_names())}"
 
 
 def _reads_past_its_projection(layer: nn.Module) -> bool:
-    """Whether an attention uses the weight of its output projection without calling it, and keeps on doing so."""
+    """Whether an attention uses its output projection's weight without calling the projection, even once quantized."""
     if not isinstance(layer, nn.MultiheadAttention) or isinstance(layer, QuantizedLayer):
         return False
     return calling_forward(type(layer)) is None
 
 
 def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
-    """Give a model's layers their quantizers, in place.
+    """Insert quantizers into a model's layers, in place.
 
     Every Conv, ConvTranspose, Linear, Bilinear, Embedding, EmbeddingBag, MultiheadAttention, recurrent layer and
-    ``transformers`` Conv1D becomes an instance of a subclass of its own class, with a quantizer for each weight and
-    (but for embeddings) each input as children. Its parameters keep their names. The quantizers hand their input on
-    until they are calibrated. Layers that have their quantizers already are left alone, so a second call changes
-    nothing.
+    ``transformers`` Conv1D becomes an instance of a subclass of its own class. The layer gets one child module for each
+    weight and (except in embeddings) each input: its quantizer. The layer's parameters keep their names. Quantizers
+    return their input unchanged until they are calibrated. Layers that already have quantizers are left alone, so a
+    second call changes nothing.
 
-    Call it yourself at the end of ``LightningModule.configure_model`` (before ``fully_shard``) for layers that are made
-    there; :class:`~lightning_qat_osc.QuantizationAwareTraining` calls it for all others.
+    Call this function at the end of ``LightningModule.configure_model`` (before ``fully_shard``) for layers that are
+    created there; :class:`~lightning_qat_osc.QuantizationAwareTraining` calls it for all others.
 
     Args:
-        module: The model. Networks inside torchmetrics Metrics are left out.
+        module: The model. Networks inside torchmetrics Metrics are not quantized.
         config: What to quantize.
 
     Returns:
         The same module.
 
     Raises:
-        TypeError: If ``module`` is no module, or ``config`` no QuantConfig.
-        ValueError: If a rule matches no layer, rules contradict each other, no layer can be quantized, a layer is of a
-            kind that is not supported, or the module is quantized already with another configuration.
+        TypeError: If ``module`` is not a module, or ``config`` is not a QuantConfig.
+        ValueError: If a rule matches no layer, rules contradict each other, there is no layer to quantize, a layer is
+            not supported, or the module is already quantized with another configuration.
 
     Warns:
-        UserWarning: Of what stays in full precision: parameters outside the layers, what a layer computes in between.
+        UserWarning: About what stays in full precision (parameters outside the layers, intermediate values of a
+            layer), and about weights that are quantized without tracking of their oscillations.
     """
     check_module("module", module)
     if not isinstance(config, QuantConfig):
@@ -124,9 +125,12 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
 
 
 def _leave_scales_of_copies(layers: dict[str, nn.Module], new: dict[str, nn.Module]) -> None:
-    """Scales of an average or another copy of the network are moved by whoever moves its weights: DDP need not wait."""
+    """Set ``requires_grad=False`` on the scales of an average or another untrained copy of the network.
+
+    The code that updates the copy's weights updates its scales too, so DDP must not wait for their gradients.
+    """
     trained = [name for name, layer in layers.items() if any(p.requires_grad for p in own_parameters(layer))]
-    # whole networks by structure: a resumed run's optimizers need the same scales, however far weights have moved
+    # also whole networks by structure: a resumed run needs the same trainable scales, however far weights have moved
     copies = untrained_copies(layers, trained) | untrained_copies(layers, trained, near=False)
     for name in copies.keys() & new.keys():
         layer = new[name]
@@ -141,10 +145,10 @@ def _computed(layer: nn.Module, parameter: str) -> bool:
 
 
 def _check_supported(name: str, layer: nn.Module) -> None:
-    """Refuse a layer whose weights are not there, or are not dense real numbers.
+    """Raise if a layer cannot be quantized, for example because it is lazy or has sparse gradients.
 
     Raises:
-        ValueError: If it is one; the message says how to leave the layer out.
+        ValueError: If the layer is not supported; the message says how to leave it out, if that helps.
     """
     leave_out = f"Leave it out with LayerRule(pattern='{name}', weight_bits=None, activation_bits=None)"
     if any(getattr(hook, "quantizes_inputs", False) for hook in layer._forward_pre_hooks.values()):
@@ -197,7 +201,7 @@ def _check_supported(name: str, layer: nn.Module) -> None:
 
 
 def hidden_weights(module: nn.Module) -> list[str]:
-    """Names of the weights whose quantizers have no effect: a parametrization, registered later, computes them."""
+    """Return the names of weights whose quantizers have no effect because of a parametrization registered later."""
     hidden = []
     for name, layer in quantized_layers(module).items():
         for parameter in layer.parameter_quantizers:
@@ -208,7 +212,7 @@ def hidden_weights(module: nn.Module) -> list[str]:
 
 
 def weights_of_other_sizes(module: nn.Module) -> list[str]:
-    """Names of the weights that have more or fewer output channels than scales: they were replaced by others."""
+    """Return the names of weights whose output channels and scales differ in number: the weights were replaced."""
     return [
         name
         for name, weight, q in weights_with_quantizers(module)
@@ -217,19 +221,19 @@ def weights_of_other_sizes(module: nn.Module) -> list[str]:
 
 
 def weights_tied_late(module: nn.Module) -> list[str]:
-    """Names of two weights that are one parameter and have a quantizer each: it was tied after they were made."""
+    """Return the names of two weights that were tied after each got its quantizer; an empty list if there are none."""
     first: dict[nn.Parameter, str] = {}
-    for name, weight, _ in weights_with_quantizers(module):  # of each quantizer one
+    for name, weight, _ in weights_with_quantizers(module):  # one weight for each quantizer
         if first.setdefault(weight, name) != name:
             return [first[weight], name]
     return []
 
 
 def _check_shared_weights(new: dict[str, nn.Module], planned: dict[str, LayerBits]) -> None:
-    """Layers that share a weight share its quantizer, and so its bits.
+    """Check that layers which share a weight, and so its quantizer, have the same bits.
 
     Raises:
-        ValueError: If rules set different ones.
+        ValueError: If rules set different bits.
     """
     first: dict[object, tuple[str, int | None]] = {}
     for name, layer in new.items():
@@ -248,7 +252,7 @@ def _check_shared_weights(new: dict[str, nn.Module], planned: dict[str, LayerBit
 def _full_precision(
     module: nn.Module, layers: dict[str, nn.Module], new: dict[str, nn.Module], planned: dict[str, LayerBits]
 ) -> Iterable[str]:
-    """What stays in full precision though nobody asked for it, or is less than one may think, in sentences."""
+    """Yield warnings about what stays in full precision, or is not tracked, although the user did not ask for that."""
     remaining: dict[tuple[str, str], list[str]] = {}
     for name, layer in new.items():
         kind = kind_of(layer)
@@ -279,7 +283,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _parameters_outside(module: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
-    """Names of the matrices that no layer of a known kind holds: not the vectors of norms, biases and class tokens."""
+    """Return the names of matrices outside of quantizable layers, without vectors (norms, biases, class tokens)."""
     inside = {id(p) for layer in layers.values() for p in layer.parameters()}
     return [
         qualified(name, key)
@@ -317,10 +321,10 @@ def _insert(layer: nn.Module, config: QuantConfig, bits: LayerBits, shared: dict
     }
     layer.add_quantizers(config, weights, quantized_inputs)
     for quantizer in layer.quantizers():
-        quantizer.to(like.device, like.dtype)  # as wide as a double module, not narrower than 32 bits
+        quantizer.to(like.device, like.dtype)  # float64 in a double module, but never below float32
 
 
 def unquantized_layers(module: nn.Module, config: QuantConfig) -> list[str]:
-    """Names of the layers that :func:`quantize_model` would give quantizers and that have none."""
+    """Return the names of layers without quantizers that :func:`quantize_model` would quantize."""
     layers = quantizable_layers(module)
     return [name for name in planned_bits(config, layers) if not isinstance(layers[name], QuantizedLayer)]

@@ -1,7 +1,7 @@
-"""What each optimizer step does to many weights at once: small ones together, large ones in blocks or fused kernels.
+"""Per-step updates of many weights at once: small weights together, large ones in blocks or fused kernels.
 
 The equations are in :mod:`lightning_qat_osc.oscillation` and :mod:`lightning_qat_osc.regularizers`, as functions that
-work in place on one weight's tensors, element by element. Here they are applied to a whole model.
+work in place on the tensors of one weight, element by element. This module applies them to a whole model.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ __all__ = [
 
 @torch.no_grad()
 def advance_states(batches: Sequence[WeightBatch], momentum: float, threshold: float | None = None) -> None:
-    """Advance the oscillation states by one optimizer step, and freeze and hold what oscillates too often.
+    """Advance the oscillation states by one optimizer step, and freeze and hold weights that oscillate too often.
 
     Args:
         batches: Weights, all of which are tracked.
         momentum: Weight of the new value in the moving averages.
-        threshold: Frequency above which weights freeze; infinity only holds those that are frozen, None not even that.
+        threshold: Frequency above which weights freeze. Infinity only holds weights that are already frozen, and None
+            neither freezes nor holds any.
     """
     for batch in batches:
         history = batch.history("weight_int", "direction", "frequency", "ema_int", "frozen")
@@ -45,10 +46,10 @@ def advance_states(batches: Sequence[WeightBatch], momentum: float, threshold: f
 
 @torch.no_grad()
 def add_dampening(batches: Sequence[WeightBatch], weight: float, aggregation: Aggregation) -> None:
-    """Add the gradient of the dampening loss to those of the weights.
+    """Add the gradient of the dampening loss to the gradients of the weights.
 
     Args:
-        batches: Weights, some of which have a gradient.
+        batches: Weights, some of which may have no gradient.
         weight: Weight of the loss, lambda.
         aggregation: How the squared distances are reduced.
     """
@@ -59,10 +60,10 @@ def add_dampening(batches: Sequence[WeightBatch], weight: float, aggregation: Ag
 
 @torch.no_grad()
 def pass_on_frozen_gradients(batches: Sequence[WeightBatch]) -> None:
-    """Give scales what their frozen weights owe them, and take it from the weights.
+    """Apply :func:`~lightning_qat_osc.oscillation.pass_on_gradient` to all weights and their scales.
 
     Args:
-        batches: Weights, all of which are tracked, and some of which have a gradient.
+        batches: Weights, all of which are tracked, and some of which may have no gradient.
     """
     for batch in batches:
         history = batch.history("weight_int", "frozen")
@@ -71,7 +72,7 @@ def pass_on_frozen_gradients(batches: Sequence[WeightBatch]) -> None:
 
 @torch.no_grad()
 def dampen_and_pass_on(batches: Sequence[WeightBatch], weight: float, aggregation: Aggregation) -> None:
-    """:func:`add_dampening` and :func:`pass_on_frozen_gradients` in one pass."""
+    """Run :func:`add_dampening` and :func:`pass_on_frozen_gradients` in one pass."""
     for batch in batches:
         scales = [batch.scales, _pull(batch, weight, aggregation)]
         others: list[Tensor | list[Tensor]] = [batch.weights, *batch.history("weight_int", "frozen")]
@@ -100,17 +101,17 @@ def _pull(batch: WeightBatch, weight: float, aggregation: Aggregation) -> list[T
 
 
 class WeightBatch:
-    """Weights that go through a kernel together: several small ones of one grid and dtype, or one.
+    """Weights that a kernel processes together: several small ones of one grid and dtype, or a single one.
 
-    The oscillation states of several lie one behind the other in memory, so that a step need not join them.
+    The oscillation states of several weights lie next to each other in memory, so that a step need not join them.
 
     Args:
-        weights: Weights. If there are several, each scale belongs to a stretch of its weight's elements.
+        weights: Weights. If there are several, each scale must apply to contiguous elements of its weight.
 
     Attributes:
         weights: The latent weights.
         scales: Their scales.
-        grid: The smallest and the largest integer, as the kernel takes them.
+        grid: The smallest and the largest integer, in the form that the kernel takes.
     """
 
     def __init__(self, weights: Sequence[QuantizedWeight]) -> None:
@@ -128,19 +129,19 @@ class WeightBatch:
             self._stretches = torch.tensor(lengths, device=self.weights[0].device)
 
     def has_gradients(self) -> bool:
-        """Whether any of the weights has one: a layer that this step's forward passes left out has none."""
+        """Whether any of the weights has a gradient. Layers that this step's forward passes skipped have none."""
         return any(w.grad is not None for w in self.weights)
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of the weights. One without gets new zeros: what is added to them is dropped."""
+        """Return the gradients of the weights. A missing one is replaced by temporary zeros, which are discarded."""
         return [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
 
     def scale_gradients(self) -> list[Tensor]:
-        """The gradients of the scales, likewise."""
+        """Return the gradients of the scales. A missing one is replaced by temporary zeros, which are discarded."""
         return [torch.zeros_like(q.scale) if q.scale_grad is None else q.scale_grad for q in self._quantizers]
 
     def history(self, *names: str) -> list[Tensor]:
-        """Tensors of the oscillation states, one for all weights.
+        """Return tensors of the oscillation states, each joined over all weights.
 
         Args:
             names: Names of attributes of :class:`~lightning_qat_osc.OscillationState`.
@@ -158,11 +159,11 @@ class WeightBatch:
             joined = joined_copy(tensors)
             for state, part in zip(states, parted(joined, tensors)):
                 setattr(state, name, part)
-        # numbers 0 and 1, without a copy: compiled kernels and CPUs are slow with booleans
+        # booleans as numbers 0 and 1, without a copy: compiled kernels and CPUs are slow with booleans
         return joined.view(torch.int8) if joined.dtype == torch.bool and not self._sharded else joined
 
     def scalar(self, value: float) -> Tensor | float:
-        """A number as the kernel takes it."""
+        """Return a number in the form that the kernel takes."""
         return number(value, self.weights[0].device) if self._fused else value
 
     def run(
@@ -177,13 +178,13 @@ class WeightBatch:
         """Run a kernel that works in place.
 
         Args:
-            kernel: Called with a tensor for what is owed, if anything is, one for each of the scales, one for those
-                that it changes, one for each of the others, and the scalars.
-            scales: Lists of a tensor for each weight, of its scale's shape.
-            changed: A tensor for each weight, of its shape.
-            others: Likewise, or a tensor for all weights.
-            scalars: What is the same for all.
-            owed_to: Tensors of the scales' shapes. What the kernel adds up for them is added to them.
+            kernel: Called with one tensor for ``owed_to`` (if given), one for each list in ``scales``, one for
+                ``changed``, one for each entry of ``others``, and the scalars.
+            scales: Lists with a tensor for each weight, in the shape of its scale.
+            changed: A tensor for each weight, in its shape, which the kernel changes.
+            others: Lists with a tensor for each weight, in its shape, or single tensors joined over all weights.
+            scalars: Values that are the same for all weights.
+            owed_to: A tensor for each weight, in the shape of its scale, to which the kernel's sums are added.
         """
         if self._stretches is None:
             first = [s[0] for s in ([] if owed_to is None else [owed_to]) + [*scales]]
@@ -213,7 +214,10 @@ class WeightBatch:
 
 
 def in_batches(weights: Sequence[QuantizedWeight]) -> list[WeightBatch]:
-    """Weights in batches: small ones of one grid and dtype together, large and sharded ones alone."""
+    """Group weights into batches: small ones of one grid and dtype together, large and sharded ones alone.
+
+    Weights whose scales do not each apply to contiguous elements are alone, too.
+    """
     together: dict[object, list[QuantizedWeight]] = {}
     for w in weights:
         q, scale = w.quantizer, w.quantizer.scale

@@ -1,4 +1,4 @@
-"""Tables for people."""
+"""Text tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ __all__ = ["table"]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text, of the same number of cells, in columns as wide as they need to be."""
+    """Format rows with the same number of cells as text, with each column as wide as its longest cell."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -1,4 +1,4 @@
-"""The callbacks, one file each: when something happens, never how."""
+"""The callbacks, one file each. They decide when something happens; other modules implement how."""
 
 from lightning_qat_osc.callbacks.batch_norm_reestimation import BatchNormReestimation
 from lightning_qat_osc.callbacks.iterative_freezing import IterativeFreezing

@@ -1,4 +1,4 @@
-"""Frozen weights stay where they are for as long as a callback holds them there."""
+"""Frozen weights: the base class of callbacks that hold them in place, and their release without such a callback."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["HoldsFrozenWeights", "release_frozen_weights"]
 
 
 class HoldsFrozenWeights(pl.Callback):
-    """A callback that puts frozen weights back after each optimizer step, those of at most ``max_bits`` bits."""
+    """A callback that puts frozen weights of at most ``max_bits`` bits back in place after each optimizer step."""
 
     max_bits: int
 
 
 @torch.no_grad()
 def release_frozen_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Let go of the weights that a run before has frozen and that no callback of this one holds, and say so."""
+    """Unfreeze weights that an earlier run froze and that no callback of this run holds, and warn about them."""
     holding = [c for c in trainer.callbacks if isinstance(c, HoldsFrozenWeights)]  # type: ignore[attr-defined]
     max_bits = max((c.max_bits for c in holding), default=0)
     frozen = [

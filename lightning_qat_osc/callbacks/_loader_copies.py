@@ -1,4 +1,4 @@
-"""Copies of data loaders: iterating one changes nothing that the loader itself, or its live iterator, goes by."""
+"""Copies of data loaders that can be iterated without changing the state of the loader or of its live iterator."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from lightning_qat_osc.callbacks._random_numbers import FEW, GENERATORS
 __all__ = ["independent"]
 
 _SHARED = (type, nn.Module, pl.Trainer, pl.LightningDataModule, *GENERATORS)
-_DEPTH = 5  # attributes of attributes, and so on
-_LONGEST_ORDER = 2**24  # numbers of samples, and no stream of tokens
+_DEPTH = 5  # levels of nested attributes to copy
+_LONGEST_ORDER = 2**24  # a longer one-dimensional array is data, such as a stream of tokens, not sample indices
 
 
 def independent(loader: Any) -> Any:
-    """A loader to iterate without a trace in this one, whose iterator training is drawing from.
+    """Return a copy of a loader that can be iterated without affecting the original, from which training draws.
 
-    It has samplers, inner loaders and datasets without indices of its own, with the lists in their attributes, which
-    they may shuffle in place. Datasets with indices are shared, and random generators.
+    The copy has its own samplers, inner loaders and iterable-style datasets, including the lists in their attributes,
+    which may be shuffled in place. Map-style datasets, datasets that worker processes copy, and random generators are
+    shared.
 
     Raises:
-        MisconfigurationException: If it can be iterated only once.
+        MisconfigurationException: If the loader or its dataset is an iterator, which can be iterated only once.
     """
     for source in (loader, None if _in_workers(loader) else getattr(loader, "dataset", None)):
         if isinstance(source, Iterator):
@@ -41,36 +42,36 @@ def independent(loader: Any) -> Any:
 
 
 def _in_workers(loader: Any) -> bool:
-    """Whether worker processes iterate, each over a copy of the dataset."""
+    """Whether worker processes iterate over the dataset, each over its own copy."""
     return getattr(loader, "num_workers", 0) > 0
 
 
 def _copied(thing: Any, copies: dict[int, Any], depth: int) -> Any:
-    """A copy of what iterating may change, with copies of what is in it; anything else as it is.
+    """Copy an object that iteration may change, and recursively what it holds; return any other object unchanged.
 
     Args:
-        thing: A loader, or what it holds.
-        copies: By the id of what they are copies of, so that what is held twice is copied once.
-        depth: How deep to go.
+        thing: A loader, or an object that a loader holds.
+        copies: The copies made so far, by the id of the original, so that an object that is held twice is copied once.
+        depth: How many levels of attributes and members to copy.
     """
     if id(thing) in copies or depth == 0 or isinstance(thing, _SHARED):
         return copies.get(id(thing), thing)
     if isinstance(thing, (Tensor, np.ndarray)):
         is_order = thing.ndim == 1 and len(thing) <= _LONGEST_ORDER and not isinstance(thing, np.memmap)
-        return copy.deepcopy(thing) if is_order else thing  # which may be shuffled in place; else it is data
+        return copy.deepcopy(thing) if is_order else thing  # indices may be shuffled in place; the rest is data
     if type(thing) is tuple and len(thing) <= FEW:
         return tuple(_copied(value, copies, depth - 1) for value in thing)
-    # transforms and tokenizers are only called; what hands on attributes cannot be copied before it has its own
+    # transforms and tokenizers are only called; __getattr__ may fail on a copy that has no attributes yet
     iterates = hasattr(thing, "__iter__") or hasattr(thing, "__getitem__")
     attributes = getattr(thing, "__dict__", None)
     container = isinstance(thing, (MutableSequence, MutableMapping, MutableSet))
     if not container and (attributes is None or not iterates or hasattr(type(thing), "__getattr__")):
         return thing
     if hasattr(type(thing), "__del__"):
-        return thing  # the end of a copy would close what it shares: files, databases, workers
+        return thing  # deleting a copy would close what it shares with the original: files, databases, workers
     try:
         found = copies[id(thing)] = copy.copy(thing)
-    except Exception:  # of whatever a loader may be made of
+    except Exception:  # a loader may hold objects of any kind
         return thing
     if found is thing:
         return thing
@@ -87,15 +88,15 @@ def _copied(thing: Any, copies: dict[int, Any], depth: int) -> Any:
 
 
 def _own(found: DataLoader[Any], loader: DataLoader[Any], copies: dict[int, Any], depth: int) -> None:
-    """Give the copy of a DataLoader what its iteration changes."""
+    """Give the copy of a DataLoader its own version of everything that iteration changes."""
     if not isinstance(loader.dataset, IterableDataset) or _in_workers(loader):
-        copies[id(loader.dataset)] = loader.dataset  # samplers may hold it, too
+        copies[id(loader.dataset)] = loader.dataset  # samplers may hold it, too, and must not copy it
     own = {name: _copied(getattr(loader, name), copies, depth - 1) for name in ("dataset", "sampler", "batch_sampler")}
     samplers: list[Any] = [own["sampler"], own["batch_sampler"], getattr(own["batch_sampler"], "sampler", None)]
     for sampler in samplers:
         if hasattr(sampler, "set_epoch") and any(sampler is each for each in copies.values()):
-            sampler.set_epoch(0)  # the same batches in each
-    # persistent workers are those of the live iterator
+            sampler.set_epoch(0)  # the same batches at each evaluation
+    # persistent workers belong to the live iterator
     vars(found).update(own, _iterator=None, persistent_workers=False)
     if any(isinstance(value, Iterator) for value in vars(found).values()):
-        found.__class__ = DataLoader  # a subclass that goes on with one iterator for good, which is training's
+        found.__class__ = DataLoader  # such a subclass keeps one iterator, from which training draws

@@ -1,4 +1,4 @@
-"""Hooks before and after the steps that optimizers really take."""
+"""Hooks before and after the steps that optimizers actually take."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ StepFunction = Callable[[Optimizer], None]
 
 
 class OptimizerStepHooks:
-    """Calls functions around each step that an optimizer of the Trainer really takes, whoever asked for it.
+    """Calls functions before and after each step that an optimizer of the Trainer actually takes.
 
-    They are not called for micro-batches that only accumulate gradients, nor, after the step, where a gradient scaler
-    skips it or it moves nothing, as where a guard against NaN has dropped the gradients; they are under manual
-    optimization, and for each of several optimizers. Before a step Lightning's ``on_before_optimizer_step`` comes
-    first, ahead of clipping, and a callback says so with :meth:`begin`. Optimizers that a module takes without
-    Lightning's wrapper know no such hook: their own then makes up for it. Steps of other optimizers than the Trainer's,
-    which nobody would hear of, are refused where they move scales.
+    The functions are not called for micro-batches that only accumulate gradients. After a step they are not called if
+    a gradient scaler skipped the step, or if it moved nothing, for example because a guard against NaN dropped the
+    gradients. Manual optimization and several optimizers are supported.
+
+    Before a step, Lightning calls ``on_before_optimizer_step``, before it clips gradients, and the callback reports
+    this with :meth:`begin`. Lightning does not call it for an optimizer that a module uses without Lightning's wrapper:
+    then torch's own step hook calls the function. Steps of an optimizer that is not one of the Trainer's would go
+    unnoticed, so they are refused if that optimizer has scales.
     """
 
     def __init__(self) -> None:
@@ -36,19 +38,20 @@ class OptimizerStepHooks:
         self._handles: list[RemovableHandle] = []
         self._hooked: set[Optimizer] = set()
         self._begun: set[tuple[pl.Callback, Optimizer]] = set()
-        self._about_to_move: dict[Optimizer, list[tuple[Parameter, int]]] = {}  # and their versions
-        self._running: dict[Optimizer, tuple[int, int]] = {}  # how many steps deep, and in which batch
+        self._about_to_move: dict[Optimizer, list[tuple[Parameter, int]]] = {}  # parameters with their versions
+        self._running: dict[Optimizer, tuple[int, int]] = {}  # nesting depth of steps, and the batch
 
     def attach(self, trainer: pl.Trainer, scales: Iterable[Parameter]) -> None:
-        """Hook all optimizers of the Trainer.
+        """Register hooks on all optimizers of the Trainer.
 
         Args:
             trainer: The Trainer.
-            scales: What no other optimizer is to move.
+            scales: The scales, which no other optimizer may move.
 
         Raises:
-            MisconfigurationException: If torch calls no hooks around an optimizer's steps; from within a step, if a
-                gradient scaler has left unscaling to the optimizer, or if that is none of the Trainer's.
+            MisconfigurationException: If torch calls no hooks around an optimizer's steps. The hooks raise it during a
+                step, if a gradient scaler leaves unscaling to the optimizer, or if an optimizer that has scales is not
+                one of the Trainer's.
         """
         self.detach()
         self._trainer = trainer
@@ -56,11 +59,11 @@ class OptimizerStepHooks:
         self._hook()
 
     def add(self, callback: pl.Callback, before: StepFunction, after: StepFunction | None = None) -> None:
-        """Call functions for a callback, behind those that are called already.
+        """Register the functions of a callback, to be called after those that are registered already.
 
         Args:
             callback: The callback.
-            before: Called where a step that it has not begun is about to be made, with the gradients in place.
+            before: Called before a step that the callback has not begun, when the gradients are in place.
             after: Called after each step.
         """
         self._before[callback] = before
@@ -68,15 +71,15 @@ class OptimizerStepHooks:
             self._after.append(after)
 
     def begin(self, callback: pl.Callback, optimizer: Optimizer) -> bool:
-        """Note that a callback is doing what comes before the optimizer's next step.
+        """Note that a callback has begun its preparation for the optimizer's next step.
 
         Returns:
-            Whether the optimizer was made anew in the middle of the run, which the first to begin is told.
+            Whether the optimizer was created in the middle of the run; True only in the first call for it.
         """
         new = optimizer not in self._hooked
         if new:
             self._hook()
-        if (callback, optimizer) in self._begun:  # for a step that a gradient scaler has skipped
+        if (callback, optimizer) in self._begun:  # left over from a step that a gradient scaler skipped
             self._end(optimizer)
         if not any(begun is optimizer for _, begun in self._begun):
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -116,19 +119,19 @@ class OptimizerStepHooks:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._deeper(optimizer, by=1) > 1:
             return None
-        # set by a gradient scaler that leaves its work to the optimizer
+        # set by a gradient scaler that leaves unscaling and skipping to the optimizer
         if getattr(optimizer, "found_inf", None) is not None:
             raise MisconfigurationException(
                 f"{type(optimizer).__name__}(fused=True) unscales gradients and skips steps with inf in them where "
                 "nobody can see it, so scales and oscillations cannot follow: leave fused=True out, or train "
                 "without a gradient scaler (bf16-mixed, 32-true)."
             )
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # the first is the optimizer
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         if closure is None:
             self._ensure_begun(optimizer)
             return None
 
-        def closure_then_begin() -> Any:  # the gradients are made inside the step, and maybe more than once
+        def closure_then_begin() -> Any:  # the closure computes gradients inside the step, maybe more than once
             self._end(optimizer)
             loss = closure()
             self._ensure_begun(optimizer)
@@ -140,14 +143,14 @@ class OptimizerStepHooks:
         if self._depth(optimizer) <= 1:
             self._end(optimizer)
             moved = self._has_moved(optimizer)
-            for after in self._after if moved else ():  # still within the step, as the steps that they make themselves
+            for after in self._after if moved else ():  # inside the step, so that their own steps are nested
                 after(optimizer)
         self._deeper(optimizer, by=-1)
 
     def _has_moved(self, optimizer: Optimizer) -> bool:
-        """Whether a step has moved something. What has no gradient any more, and is as it was, it has left out.
+        """Whether a step has moved a parameter: one that still has its gradient, or that has changed.
 
-        Scales do not tell, as their gradients are taken out. Where there is nothing else, they move.
+        Scales are ignored, because their gradients are set aside. If only scales had gradients, the step counts.
         """
         noted = self._about_to_move.pop(optimizer, [])
         telling = [(p, version) for p, version in noted if id(p) not in self._scales]
@@ -157,7 +160,7 @@ class OptimizerStepHooks:
 
     def _after_another_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer in self._hooked or any(self._depth(other) > 0 for other in self._hooked):
-            return  # one that wraps others takes their steps within its own
+            return  # an optimizer that wraps others takes their steps inside its own
         if any(id(p) in self._scales for group in optimizer.param_groups for p in group["params"]):
             raise MisconfigurationException(
                 f"{type(optimizer).__name__} has made a step that moves quantized layers, and is none of the Trainer's "
@@ -174,7 +177,7 @@ class OptimizerStepHooks:
         self._begun -= {(callback, optimizer) for callback in self._before}
 
     def _deeper(self, optimizer: Optimizer, by: int) -> int:
-        """Count steps within steps: for a subclass that calls ``super().step()`` torch calls the hooks twice."""
+        """Count nested steps: torch calls the hooks twice for a subclass that calls ``super().step()``."""
         assert self._trainer is not None
         self._running[optimizer] = self._depth(optimizer) + by, self._trainer.fit_loop.total_batch_idx
         return self._depth(optimizer)
@@ -182,5 +185,5 @@ class OptimizerStepHooks:
     def _depth(self, optimizer: Optimizer) -> int:
         assert self._trainer is not None
         depth, batch = self._running.get(optimizer, (0, 0))
-        # a step that raised, batches ago, has not ended
+        # ignore a step of an earlier batch, which raised and never ended
         return depth if batch == self._trainer.fit_loop.total_batch_idx else 0

@@ -1,4 +1,4 @@
-"""What optimizers have: their parameters, and the low-bit weights of each."""
+"""The parameters of the optimizers, and the low-bit weights of each optimizer."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ __all__ = ["OptimizerWeights", "optimized_parameters", "trained_weights"]
 
 
 def optimized_parameters(trainer: pl.Trainer) -> list[Tensor]:
-    """The parameters that the Trainer's optimizers have."""
+    """Return the parameters of the Trainer's optimizers."""
     return [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
 def trained_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, max_bits: int) -> list[QuantizedWeight]:
-    """The low-bit weights that an optimizer of the Trainer moves: not those of an average or of a frozen backbone."""
+    """Return the low-bit weights that the Trainer's optimizers move, so none of an averaged copy or frozen backbone."""
     ids = set(map(id, optimized_parameters(trainer)))
     return [w for w in quantized_weights(pl_module, max_bits) if w.weight.requires_grad and id(w.weight) in ids]
 
 
 class OptimizerWeights:
-    """The low-bit weights of each optimizer. The model is searched once, and again where a layer has another weight.
+    """The low-bit weights of each optimizer. The model is searched once, and again after a weight was replaced.
 
     Args:
-        pl_module: The quantized module, once it is whole.
+        pl_module: The quantized module, after all its layers were created.
         max_bits: Weights of more bits than this are left out.
     """
 
@@ -53,7 +53,7 @@ class OptimizerWeights:
         self._batches: dict[Optimizer, tuple[list[tuple[str, torch.Size]], list[WeightBatch]]] = {}
 
     def of(self, optimizer: Optimizer) -> list[WeightBatch]:
-        """Those that an optimizer updates; not those that their owner holds fixed."""
+        """Return the weights that an optimizer updates, in batches, without those with ``requires_grad=False``."""
         if any(layer._parameters.get(parameter) is not weight for layer, parameter, weight in self._owners):
             self._search()
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -68,5 +68,5 @@ class OptimizerWeights:
         return self._batches[optimizer][1]
 
     def about_to_move(self, optimizer: Optimizer) -> list[WeightBatch]:
-        """Those of them that have gradients."""
+        """Return the batches of :meth:`of` in which a weight has a gradient."""
         return [batch for batch in self.of(optimizer) if batch.has_gradients()]

@@ -12,13 +12,13 @@ __all__ = ["is_log_step", "run_length", "run_step"]
 
 
 def run_length(trainer: pl.Trainer, what: str) -> int:
-    """Length of the whole run, in the unit of :func:`run_step`.
+    """Return the length of the whole run, in the unit of :func:`run_step`.
 
-    To be called once training has begun: asking a Trainer for its number of steps sets up the training data, and before
-    a checkpoint's loops are restored that loses the state of a stateful loader.
+    Call this only after training has begun. It reads ``trainer.estimated_stepping_batches``, which sets up the training
+    data; before a checkpoint's loops are restored, that would lose the state of a stateful loader.
 
     Raises:
-        MisconfigurationException: If the run has no known end; ``what`` says what is annealed over it.
+        MisconfigurationException: If the number of steps is unknown. The message names what is annealed, ``what``.
     """
     steps = trainer.estimated_stepping_batches
     if not 0 <= steps < math.inf:  # -1 for a loader without a length
@@ -28,7 +28,7 @@ def run_length(trainer: pl.Trainer, what: str) -> int:
         )
     schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
     if schedulers and trainer.max_epochs != -1 and math.isfinite(trainer.num_training_batches):
-        # the Trainer counts as if nothing were accumulated: its scheduler only speaks up as an epoch begins
+        # the Trainer counts without accumulation: the scheduler sets it only when an epoch begins
         counts = [schedulers[0].get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs or 1)]
         steps = sum(math.ceil(trainer.num_training_batches / count) for count in counts)
         steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
@@ -36,11 +36,11 @@ def run_length(trainer: pl.Trainer, what: str) -> int:
 
 
 def run_step(trainer: pl.Trainer) -> float:
-    """How far the run is: 0 before its first optimizer step, :func:`run_length` after its last.
+    """Return the progress of the run: 0 before its first optimizer step, :func:`run_length` after its last.
 
-    Under manual optimization a batch may have any number of steps, of several optimizers, and those taken without
-    Lightning's wrapper are not counted. There the run is as far as its batches are, or as ``max_steps`` if that is
-    nearer.
+    Under manual optimization a batch may have any number of steps, of several optimizers, and Lightning does not count
+    steps taken without its wrapper. With ``max_epochs`` set, the progress is then the share of batches that are done,
+    or the share of ``max_steps`` if that is larger.
     """
     if trainer.lightning_module.automatic_optimization or trainer.max_epochs in (None, -1):
         return trainer.global_step
@@ -52,9 +52,9 @@ def run_step(trainer: pl.Trainer) -> float:
 
 
 def is_log_step(trainer: pl.Trainer) -> bool:
-    """Whether somebody looks at the figures of the batch that has just been trained on.
+    """Whether values that are logged for the batch just trained on are used.
 
-    Loggers do at every ``log_every_n_steps``, and callbacks that monitor at an epoch's end after its last batch.
+    Loggers use them every ``log_every_n_steps``; callbacks that monitor at the end of an epoch, after its last batch.
     """
     if trainer.barebones:
         return False
@@ -62,7 +62,7 @@ def is_log_step(trainer: pl.Trainer) -> bool:
         return True
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
     automatic = trainer.lightning_module.automatic_optimization
-    # under manual optimization the loggers go by batches, while global_step counts the steps of all optimizers
+    # under manual optimization the loggers count batches, while global_step counts the steps of all optimizers
     step = trainer.global_step if automatic else trainer.fit_loop.total_batch_idx + 1
     stepped = not automatic or (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
     return bool(every) and stepped and step % every == 0

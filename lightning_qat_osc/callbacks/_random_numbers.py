@@ -1,4 +1,4 @@
-"""Random numbers of passes that leave training's as they are: every generator starts at one seed, and is put back."""
+"""Random numbers for passes that must not affect training: every generator is seeded, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from torch import Tensor, nn
 __all__ = ["FEW", "GENERATORS", "fixed_random_numbers", "generators_in", "seeded"]
 
 _SEED = 0
-"""For the same batches at each evaluation, so that epochs differ by their weights alone."""
+"""One seed gives the same batches at each evaluation, so that epochs differ by their weights alone."""
 
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-"""What draws random numbers beside the global generators."""
+"""Types of random generators other than the global ones."""
 
 FEW = 64
-"""Members up to which a container is looked into: what one of more holds are samples, files or indices."""
+"""Largest size of a container that is searched: larger ones hold samples, files or indices."""
 
-_LEVELS = 8  # attributes of attributes, and so on
+_LEVELS = 8  # levels of nested attributes to search
 
 
 def generators_in(things: Iterable[Any]) -> list[Any]:
-    """The random generators among objects, in their attributes and in what these hold, each once.
+    """Return the random generators among objects, in their attributes and in what these hold, each once.
 
-    Not those of modules among them, whose attributes are to be given instead.
+    Modules are not searched: pass their attributes, ``vars(module)``, instead.
     """
     found: dict[int, Any] = {}
     seen: dict[int, Any] = {}
@@ -57,9 +57,9 @@ def _held(thing: Any) -> list[Any]:
 
 @contextmanager
 def fixed_random_numbers() -> Iterator[None]:
-    """Seed every global generator that a data pipeline may use, those of devices too, and put all of them back."""
+    """Seed the global generators that a data pipeline may use, including those of devices, and restore them on exit."""
     python, numpy = random.getstate(), np.random.get_state()
-    # torch.manual_seed reaches every device
+    # torch.manual_seed seeds every device, so all of them have to be restored
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device_type = "cuda" if accelerator is None else accelerator.type
     with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=device_type):
@@ -75,7 +75,7 @@ def fixed_random_numbers() -> Iterator[None]:
 
 @contextmanager
 def seeded(generators: Iterable[Any]) -> Iterator[None]:
-    """Seed generators, and put them back."""
+    """Seed generators, and restore their states on exit."""
     with ExitStack() as puts_back:
         for generator in generators:
             puts_back.callback(_seed(generator))
@@ -86,7 +86,7 @@ def _seed(generator: Any) -> Callable[[], object]:
     """Seed a generator.
 
     Returns:
-        What puts it back.
+        A function that restores the generator's state.
     """
     put_back: Callable[[], object]
     if isinstance(generator, torch.Generator):

@@ -1,4 +1,4 @@
-"""Ranges from training batches: ahead of the first step, or from the first steps themselves."""
+"""Initial ranges from training batches: in passes before the first step, or in the first steps themselves."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def initialise_ranges(
     num_batches: int,
     forward_fn: ForwardFn | None,
 ) -> None:
-    """Set the ranges of a module's quantizers from passes over training batches, of which nothing else takes notice.
+    """Set the ranges of a module's quantizers in passes over training batches that have no other effect.
 
     Args:
         trainer: The Trainer.
         pl_module: The quantized module.
-        config: What is quantized.
+        config: The quantization configuration.
         num_batches: Training batches to run.
-        forward_fn: Runs the network on a batch; None: the module's ``training_step``.
+        forward_fn: Runs the network on a batch. None: use the module's ``training_step``.
 
     Raises:
         MisconfigurationException: If there is no training batch, or the loss is NaN for each of them.
@@ -46,7 +46,7 @@ def initialise_ranges(
     calibrator = Calibrator(pl_module, config, optimized_parameters(trainer))
     forward = training_pass(trainer, pl_module, forward_fn)
     count, losses = 0, []
-    # before its first step the running statistics of a new network are no estimate of anything
+    # the running statistics of layers that were never trained are meaningless
     new = [b for b in batch_norm_layers(pl_module).values() if b.training and b.num_batches_tracked == 0]
     batches = training_batches(trainer, pl_module, num_batches)
     with without_side_effects(trainer, pl_module), batch_statistics(new), calibrator.observe(), closing(batches):
@@ -66,12 +66,12 @@ def initialise_ranges(
 
 
 class WatchedSteps:
-    """Training steps, in full precision, that a module's ranges are set from: where none can be run ahead of training.
+    """Sets ranges from the first training steps, in full precision, if no passes can be run before training.
 
     Args:
         trainer: The Trainer.
-        pl_module: The quantized module, which is watched from now on.
-        config: What is quantized.
+        pl_module: The quantized module. Watching begins on construction.
+        config: The quantization configuration.
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, config: QuantConfig) -> None:
@@ -81,7 +81,7 @@ class WatchedSteps:
         self._watching.enter_context(self._calibrator.observe(weights=False))
 
     def finish(self) -> None:
-        """Set the ranges from what has been seen so far."""
+        """Stop watching, and set the ranges from the inputs seen so far."""
         self.close()
         _set_ranges(self._calibrator)
 
@@ -91,7 +91,7 @@ class WatchedSteps:
 
 
 def say_why_there_are_no_ranges(trainer: pl.Trainer) -> None:
-    """Refuse a run that had nothing to train on, and tell of one that was over: Lightning would say nothing.
+    """Raise if a run had no training batches, and warn if it had already ended: Lightning does neither.
 
     Raises:
         MisconfigurationException: If there were no training batches.
@@ -114,6 +114,6 @@ def _set_ranges(calibrator: Calibrator) -> None:
 
 
 def _loss_is_nan(output: Any) -> list[Tensor]:
-    """Whether what a ``training_step`` returned has a loss of NaN; empty where it has no loss."""
+    """Return whether the loss that ``training_step`` returned is NaN, as a list of one tensor; empty without a loss."""
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return [loss.isnan().any()] if isinstance(loss, Tensor) else []

@@ -20,10 +20,10 @@ __all__ = [
 
 
 def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> QuantizationAwareTraining:
-    """The QuantizationAwareTraining that comes before a callback, as it must.
+    """Return the Trainer's QuantizationAwareTraining, which must come before ``callback``.
 
     Raises:
-        MisconfigurationException: If none is in the list, or it comes later.
+        MisconfigurationException: If the Trainer has none, or if it comes after ``callback``.
     """
     name = type(callback).__name__
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -41,10 +41,10 @@ def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> Quantiza
 
 
 def require_one(trainer: pl.Trainer, callback: pl.Callback) -> None:
-    """Insist that a callback is the only one of its kind, whose arguments are then in force.
+    """Check that a callback is the only one of its type, so that it is clear whose arguments apply.
 
     Raises:
-        MisconfigurationException: If there are more.
+        MisconfigurationException: If the Trainer has several.
     """
     same = [c for c in trainer.callbacks if type(c) is type(callback)]  # type: ignore[attr-defined]
     if len(same) > 1:
@@ -53,10 +53,10 @@ def require_one(trainer: pl.Trainer, callback: pl.Callback) -> None:
 
 
 def require_averaging_before(trainer: pl.Trainer, callback: pl.Callback) -> None:
-    """Insist that averaged weights are in place when a callback prepares the model for an evaluation.
+    """Check that averaged weights are swapped in before a callback prepares the model for an evaluation.
 
     Raises:
-        MisconfigurationException: If a WeightAveraging, which swaps them in, comes after it.
+        MisconfigurationException: If a WeightAveraging, which swaps them in, comes after ``callback``.
     """
     for other in _later(trainer, callback, pl.callbacks.WeightAveraging):
         raise MisconfigurationException(
@@ -66,10 +66,11 @@ def require_averaging_before(trainer: pl.Trainer, callback: pl.Callback) -> None
 
 
 def require_freezing_before(trainer: pl.Trainer, callback: pl.Callback) -> None:
-    """Insist that frozen weights are in place when a callback runs averaged ones before an evaluation.
+    """Check that frozen weights are put back in place before a callback runs the model with averaged weights.
 
     Raises:
-        MisconfigurationException: If a callback that holds them, which an average may have moved, comes after it.
+        MisconfigurationException: If a callback that puts back frozen weights, which averaging may move, comes after
+            ``callback``.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(other, pl.callbacks.WeightAveraging) for other in callbacks):
@@ -82,18 +83,18 @@ def require_freezing_before(trainer: pl.Trainer, callback: pl.Callback) -> None:
 
 
 def _later(trainer: pl.Trainer, callback: pl.Callback, kind: type[pl.Callback]) -> list[pl.Callback]:
-    """The callbacks of a kind that come after one."""
+    """Return the callbacks of type ``kind`` that come after ``callback``."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [other for other in callbacks[callbacks.index(callback) + 1 :] if isinstance(other, kind)]
 
 
 def warn_if_nothing_oscillates(pl_module: pl.LightningModule, max_bits: int, verb: str) -> None:
-    """Say so if no weight has few enough bits for a callback.
+    """Warn if no weight has few enough bits for a callback.
 
     Args:
         pl_module: The quantized module.
-        max_bits: The callback's.
-        verb: What the callback does to weights.
+        max_bits: The callback's limit on the bits of a weight.
+        verb: What the callback does to weights, for the message.
     """
     bits = [w.quantizer.bits for w in weights_with_quantizers(pl_module) if w.quantizer.bits is not None]
     if any(b <= max_bits for b in bits):

@@ -1,4 +1,4 @@
-"""Updates of the learned scales: an Adam of their own beside the user's optimizer."""
+"""Updates of the learned scales, by an Adam optimizer of their own next to the user's optimizer."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ __all__ = ["ScaleUpdates", "with_room_for_scales"]
 
 
 class _LogSteps:
-    """Adam's steps for the logarithms of some scales: ``s <- s exp(step)``.
+    """Adam's steps on the logarithms of scales: ``s <- s exp(step)``.
 
-    A scale is a positive factor of any magnitude, so its steps are relative: Adam sees ds/d(log s) = s times the
-    gradient, and no step can turn a grid around. Source of learning the logarithm: TQT, arXiv 1903.08066.
+    A scale is a positive factor of any magnitude, so its steps are relative: Adam sees the gradient times
+    ds/d(log s) = s, and no step can make a scale negative. Source of learning the logarithm: TQT, arXiv 1903.08066.
 
     Args:
         quantizers: The quantizers whose scales to move.
         optimizer: The user's optimizer, whose schedule the learning rate follows.
-        learning_rate: Adam's learning rate while that of the group that a scale is in is at its peak.
+        learning_rate: Adam's learning rate while the learning rate of the scale's parameter group is at its peak.
     """
 
     def __init__(self, quantizers: list[Quantizer], optimizer: Optimizer, learning_rate: float) -> None:
         self.quantizers = quantizers
         self._optimizer = optimizer
         self._learning_rate = learning_rate
-        self.peaks: list[float] = []  # of the learning rate of each group
+        self.peaks: list[float] = []  # largest learning rate of each group
         self._note_peaks()
         self._steps = [nn.Parameter(torch.zeros_like(q.scale)) for q in quantizers]
         self.adam = Adam(self._steps, lr=learning_rate, fused=True)  # one kernel for all
 
     def step(self) -> None:
-        """Move the scales by the gradients that were taken for them."""
+        """Move the scales by their gradients, which :meth:`ScaleUpdates.before_step` has set aside."""
         moved = [(q, step) for q, step in zip(self.quantizers, self._steps) if q.scale_grad is not None]
         if not moved:
             return
@@ -58,21 +58,21 @@ class _LogSteps:
             step.grad, q.scale_grad = gradient, None
         torch._foreach_zero_(steps)
         self.adam.step()
-        if min(shares) < largest:  # to which Adam's steps are proportional
+        if min(shares) < largest:  # Adam's steps are proportional to its learning rate
             torch._foreach_mul_(steps, [share / largest for share in shares])
         torch._foreach_mul_(scales, list(torch._foreach_exp(steps)))
         self.adam.zero_grad()
 
     def _note_peaks(self) -> None:
-        """Note the largest learning rate that each group has had, or is known to come to."""
+        """Note the largest learning rate that each group has had, or is known to reach."""
         groups = self._optimizer.param_groups
-        # a group that a callback adds may begin low, to come up with the others
+        # a group that a callback adds may start with a low rate, and rise to that of the others
         self.peaks += [max(self.peaks, default=0.0)] * (len(groups) - len(self.peaks))
         for i, group in enumerate(groups):
             self.peaks[i] = max(self.peaks[i], *(_rate(group, key) for key in ("lr", "initial_lr", "max_lr")))
 
     def _shares(self) -> dict[int, float]:
-        """By the id of a parameter, how much of its peak the learning rate of its group has now."""
+        """Return, by parameter id, the current learning rate of the parameter's group as a share of its peak."""
         shares: dict[int, float] = {}
         for group, peak in zip(self._optimizer.param_groups, self.peaks):
             finds_it_by_itself = group.get("lr") is None
@@ -82,28 +82,30 @@ class _LogSteps:
 
 
 def _rate(group: dict[str, Any], key: str) -> float:
-    """A learning rate of a group; 0 where it has none, or None as of an optimizer that finds it by itself."""
+    """Return a learning rate of a group; 0 if the group has none, or None because the optimizer chooses it."""
     return float(group.get(key) or 0.0)
 
 
 class ScaleUpdates:
-    """Moves the scales with an Adam of their own, whatever optimizer the user has.
+    """Moves the scales with an Adam optimizer of their own, whatever optimizer the user has.
 
-    The scales are parameters of the user's optimizer, so ``zero_grad`` and the unscaling of gradients reach them; they
-    are added to the group of their layer's largest parameter if it was built without them, which no learning-rate
-    scheduler notices, and taken out of every other optimizer. Scales that a finetuning callback has frozen are left to
-    it, which adds them with the weights. Before its step their gradients are taken out of its sight: it leaves alone
-    what has no gradient, its weight decay included, and the norm by which the weights' gradients are clipped is theirs
-    alone. After its step Adam's is made.
+    The scales are parameters of the user's optimizer, so that ``zero_grad`` and the unscaling of gradients include
+    them. If the optimizer was built without them, they are added to the group of their layer's largest parameter,
+    which does not affect learning-rate schedulers; they are removed from every other optimizer. Scales that a
+    finetuning callback has frozen are not added here, because that callback adds them together with the weights.
+
+    Before a step of the user's optimizer, the gradients of the scales are set aside. The optimizer then skips the
+    scales, also in weight decay, and gradient clipping uses the norm of the weights' gradients alone. After this step,
+    Adam takes its step.
 
     Args:
         optimizers: The user's optimizers.
-        module: The quantized model. A layer's scales go with the optimizer of its largest parameter that has one, or
-            else with the first.
-        learning_rate: Adam's, for the logarithm of a scale. It follows the schedule of the group that the scale is in.
+        module: The quantized model. The scales of a layer go with the optimizer of the layer's largest parameter that
+            is in one, or else with the first optimizer.
+        learning_rate: Adam's, for the logarithm of a scale. It follows the schedule of the scale's parameter group.
 
     Raises:
-        MisconfigurationException: If an optimizer is L-BFGS, which evaluates the loss several times a step.
+        MisconfigurationException: If an optimizer is L-BFGS, which evaluates the loss several times per step.
     """
 
     def __init__(self, optimizers: list[Optimizer], module: nn.Module, learning_rate: float) -> None:
@@ -115,11 +117,11 @@ class ScaleUpdates:
                 )
         places = {
             id(p): (i, j)
-            for i, optimizer in reversed(list(enumerate(optimizers)))  # the first has it
+            for i, optimizer in reversed(list(enumerate(optimizers)))  # the first optimizer of a parameter wins
             for j, group in enumerate(optimizer.param_groups)
             for p in group["params"]
         }
-        owner: dict[Quantizer, tuple[int, int]] = {}  # optimizer and group
+        owner: dict[Quantizer, tuple[int, int]] = {}  # indices of optimizer and group
         shared = _in_several(optimizers)
         for name, layer in quantized_layers(module).items():
             if any(id(p) in shared for p in own_parameters(layer)):
@@ -127,7 +129,7 @@ class ScaleUpdates:
                     f"Several optimizers move layer '{name}', and maybe others: their scales move in the steps of the "
                     "first of these alone."
                 )
-                shared.clear()  # once is enough
+                shared.clear()  # warn once
             parameters = sorted(own_parameters(layer), key=Tensor.numel, reverse=True)
             place = next((places[id(p)] for p in parameters if id(p) in places), (0, 0))
             for q in layer.quantizers():
@@ -137,10 +139,10 @@ class ScaleUpdates:
         for i, optimizer in enumerate(optimizers):
             ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
             others = {id(q.scale) for q, (index, _) in owner.items() if index != i}
-            for group in optimizer.param_groups if ids & others else []:  # where a rule such as p.ndim < 2 sorts them
+            for group in optimizer.param_groups if ids & others else []:  # placed by a rule such as p.ndim < 2
                 _keep(group, [id(p) not in others for p in group["params"]])
             own = [q for q, (index, _) in owner.items() if index == i]
-            if own and optimizer.param_groups:  # Lightning's stand-in for no optimizer has none
+            if own and optimizer.param_groups:  # Lightning's mock optimizer has no groups
                 for q in own:
                     if id(q.scale) not in ids and q.scale.requires_grad:
                         group = optimizer.param_groups[owner[q][1]]
@@ -150,26 +152,26 @@ class ScaleUpdates:
                 self._updates[optimizer] = _LogSteps(own, optimizer, learning_rate)
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Take the gradients of the scales out of the optimizer's sight."""
+        """Set the gradients of the scales aside, so that the optimizer skips the scales."""
         if optimizer in self._updates:
             for q in self._updates[optimizer].quantizers:
                 q.scale_grad, q.scale.grad = q.scale.grad, None
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
-        """Make Adam's step."""
+        """Move the scales by a step of Adam."""
         if optimizer in self._updates:
             self._updates[optimizer].step()
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """States of the Adams, in the order of the user's optimizers, whole where scales are sharded."""
+        """Return the states of the Adam optimizers, in the order of the user's optimizers, with unsharded tensors."""
         states = [{**update.adam.state_dict(), "peaks": update.peaks} for update in self._updates.values()]
         for state in states:
             state["state"] = {i: {k: whole(v) for k, v in values.items()} for i, values in state["state"].items()}
         return states
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Restore the Adams."""
+        """Restore the states of the Adam optimizers."""
         for update, state in zip(self._updates.values(), states):
             update.peaks = list(state["peaks"])
             update.adam.load_state_dict(state)
@@ -178,27 +180,27 @@ class ScaleUpdates:
 
 
 def _in_several(optimizers: list[Optimizer]) -> set[int]:
-    """The ids of parameters that more than one optimizer has."""
+    """Return the ids of parameters that are in several optimizers."""
     counts = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     return {key for key, count in counts.items() if count > 1}
 
 
 def _keep(group: dict[str, Any], which: Sequence[bool]) -> None:
-    """Keep some parameters of an optimizer's group, and their names where it was built with names."""
+    """Keep only some parameters of an optimizer's group, and their names if it was built with names."""
     for key in {"params", "param_names"} & group.keys():
         group[key][:] = list(compress(group[key], which))
 
 
 def with_room_for_scales(state: dict[str, Any], optimizer: Optimizer, scales: set[int]) -> dict[str, Any]:
-    """The state of an optimizer from before there were scales, for one that has them.
+    """Convert the state of an optimizer without scales to one that an optimizer with scales can load.
 
     Args:
-        state: What ``optimizer.state_dict()`` was.
-        optimizer: The optimizer now, with the same parameters in the same order, and scales among them.
+        state: The saved ``optimizer.state_dict()``, without scales.
+        optimizer: The current optimizer, with the same parameters in the same order, and scales among them.
         scales: ids of the scales.
 
     Returns:
-        A state that ``optimizer`` loads; the state as it was, if the parameters are others.
+        A state that ``optimizer`` can load; ``state`` itself if the groups have other numbers of parameters.
     """
     sizes = [sum(id(p) not in scales for p in group["params"]) for group in optimizer.param_groups]
     if sizes != [len(group["params"]) for group in state["param_groups"]]:

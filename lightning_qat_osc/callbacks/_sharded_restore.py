@@ -1,4 +1,4 @@
-"""Oscillation histories from the checkpoint of a sharded strategy, which reads only tensors that are there already."""
+"""Oscillation histories from the checkpoint of a sharded strategy, which loads only into tensors that exist already."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["load_histories"]
 
 
 def load_histories(module: nn.Module, path: str | Path) -> None:
-    """Begin the histories that a checkpoint holds, and load them: a collective.
+    """Create the histories that a checkpoint contains, and load them. This is a collective operation.
 
     Args:
-        module: The quantized module, after its parameters and buffers have been read.
+        module: The quantized module, after its parameters and buffers were loaded.
         path: The checkpoint, a folder of shards or a single file.
     """
     if Path(path).is_dir():
-        # not there where distributed is not
+        # missing where torch has no distributed package
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -37,7 +37,7 @@ def load_histories(module: nn.Module, path: str | Path) -> None:
 
 
 def _histories(module: nn.Module, saved: Container[str], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the histories whose keys, behind the prefix, are among those that were saved."""
+    """Create the histories whose keys, with ``prefix`` in front, were saved, and yield their keys and tensors."""
     for name, layer in quantized_layers(module).items():
         for parameter, quantizer in layer.weight_quantizers().items():
             key = ".".join(filter(None, (name, layer.parameter_quantizers[parameter], "oscillation")))

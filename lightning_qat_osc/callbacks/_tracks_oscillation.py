@@ -1,4 +1,4 @@
-"""What tracking and freezing have in common."""
+"""The base class of the callbacks that track oscillations and freeze weights."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = ["TracksOscillation"]
 
 
 class TracksOscillation(pl.Callback):
-    """What tracking and freezing have in common: after each optimizer step, the states of its weights advance once.
+    """Base class for tracking and freezing: advances the oscillation states of weights once per optimizer step.
 
-    However many such callbacks a Trainer has, they share the states. One advances these, in one pass over the weights:
-    IterativeFreezing where there is one, or else the first.
+    All such callbacks of a Trainer share the states. Only one of them advances the states, in one pass over the
+    weights: IterativeFreezing if there is one, or else the first.
 
     Args:
-        momentum: Weight of the new value in the moving averages; None: that of the Trainer's other such callbacks.
+        momentum: Weight of the new value in the moving averages. None: that of the other such callbacks, else 0.01.
         max_bits: Weights of more bits than this are left alone.
     """
 
-    _verb = "track"  # what it does to weights
+    _verb = "track"  # what the callback does to weights, for messages
 
     def __init__(self, momentum: float | None, max_bits: int) -> None:
         super().__init__()
@@ -40,14 +40,14 @@ class TracksOscillation(pl.Callback):
         check_bits("max_bits", max_bits)
         self.momentum = momentum
         self.max_bits = max_bits
-        self._momentum = 0.0  # the one in force
+        self._momentum = 0.0  # the momentum in use
         self._leads = False
-        self._restored = False  # with weights and histories of one moment
+        self._restored = False  # whether weights and histories come from the same checkpoint
         self._step_hooks: OptimizerStepHooks
         self._weights: OptimizerWeights
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Agree with the other callbacks on the momentum, and on who advances the states."""
+        """Agree with the other callbacks on the momentum, and on which of them advances the states."""
         self._step_hooks = require_quantization(trainer, self).step_hooks
         self._restored &= stage != "fit"
         require_one(trainer, self)
@@ -66,11 +66,11 @@ class TracksOscillation(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on with the histories of a run that is resumed, whatever moves weights after its steps."""
+        """Note that a run is resumed: its histories continue, even if weights were moved after its optimizer steps."""
         self._restored = trainer.state.fn == "fit"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hook the optimizers, and begin the history of every weight that has none or is not where it ended."""
+        """Register step hooks, and start the history of each weight that has none or has moved since it ended."""
         self._weights = OptimizerWeights(pl_module, self.max_bits)
 
         def after_step(optimizer: Optimizer) -> None:
@@ -86,5 +86,5 @@ class TracksOscillation(pl.Callback):
             warn_if_nothing_oscillates(pl_module, self.max_bits, self._verb)
 
     def _threshold_now(self, trainer: pl.Trainer) -> float | None:
-        """Frequency above which weights freeze after this step; None where nothing ever does."""
+        """Return the frequency above which weights freeze after this step; None if this callback never freezes."""
         return None

@@ -1,4 +1,4 @@
-"""Training batches for passes that leave training as it was: its iterators, workers and random generators go on."""
+"""Training batches for passes that do not affect the iterators, workers and random generators of training."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["training_batches"]
 
 
 def _train_dataloaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    """The loaders that training uses, as the Trainer prepared them, or else as their author returns them; or None.
+    """Return the training loaders as the Trainer prepared them, or else as ``train_dataloader`` returns them, or None.
 
-    Outside fit the author's hooks may fail: that is then told, and there are none.
+    Outside fit, the ``setup`` and ``train_dataloader`` hooks may fail: then there is a warning instead of an error.
     """
     if trainer.train_dataloader is not None:
         return trainer.train_dataloader
@@ -30,7 +30,7 @@ def _train_dataloaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> An
             continue
         try:
             if source is not pl_module:
-                # this run's own stage may not have made the training data; what it has made is to stay
+                # this run's stage may not have created the training data; a copy keeps what the stage has created
                 source = copy.copy(source)
                 source.setup("fit")
             return source.train_dataloader()
@@ -41,12 +41,13 @@ def _train_dataloaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> An
 
 
 def _share_of_rank(trainer: pl.Trainer, loaders: Sequence[Any], num_batches: int) -> slice:
-    """Which batches of loaders that the Trainer has not prepared a rank takes: others than the other ranks.
+    """Return which batches this rank takes from loaders that the Trainer has not prepared.
 
-    Each takes as many, where there are enough for all. A loader without a length is left to its author.
+    Ranks take different batches, and the same number of them, if there are enough for all. Otherwise, or if a loader
+    has no length, each rank takes the first batches of its own loaders.
     """
     sizes = [len(loader) for loader in loaders if isinstance(loader, Sized)]
-    replicas = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}  # fewer than ranks if these share
+    replicas = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}  # some ranks may share a replica
     world = replicas["num_replicas"]
     if len(sizes) < len(loaders) or max(sizes, default=0) < world:
         return slice(num_batches)
@@ -56,23 +57,24 @@ def _share_of_rank(trainer: pl.Trainer, loaders: Sequence[Any], num_batches: int
 def training_batches(
     trainer: pl.Trainer, pl_module: pl.LightningModule, num_batches: int
 ) -> Generator[Any, None, None]:
-    """The first training batches, on the module's device, without disturbing the iterator that training draws from.
+    """Yield the first training batches, on the module's device, without affecting the iterator that training uses.
 
-    Use it inside ``without_side_effects``, which fixes the random numbers that shuffle and augment them, and close
-    it: the generators of loaders, samplers and datasets are put back then, and an error in a pass may keep it alive.
+    Use it inside ``without_side_effects``, which fixes the random numbers for shuffling and augmentation. Close it
+    explicitly, because an error in a pass may keep it alive: closing restores the random generators of loaders,
+    samplers and datasets.
 
     Args:
         trainer: The Trainer.
         pl_module: Its module.
-        num_batches: How many, at most; ``limit_train_batches`` holds as well.
+        num_batches: Maximum number of batches; ``limit_train_batches`` also limits loaders that the Trainer prepared.
 
     Yields:
-        Batches, or nothing where the Trainer has no training data.
+        Batches; none if there is no training data.
     """
     loaders = _train_dataloaders(trainer, pl_module)
     if loaders is None:
         return
-    if isinstance(loaders, CombinedLoader):  # as a hook returns it; the Trainer hands out what is in it
+    if isinstance(loaders, CombinedLoader):  # a hook may return one; the Trainer unwraps its own
         loaders = loaders.iterables
     combined = CombinedLoader(loaders, "max_size_cycle")
     generators = generators_in(combined.flattened)

@@ -1,4 +1,4 @@
-"""Forward passes over training batches that leave training as it was: for calibration and batch-norm re-estimation."""
+"""Forward passes over training batches that do not affect training: for calibration and batch-norm re-estimation."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ __all__ = [
 ]
 
 ForwardFn = Callable[[pl.LightningModule, Any], object]
-"""Takes the LightningModule and a batch on its device, and runs the network on it."""
+"""Takes the LightningModule and a batch on its device, and runs the network on the batch."""
 
 
 class _QuietLogger(DummyLogger):
-    """Stands in for a logger: it logs nothing, and says where that one does."""
+    """Stands in for a logger: it logs nothing, but has that logger's name, version and directories."""
 
     def __init__(self, logger: Logger) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class _QuietLogger(DummyLogger):
 
 
 class _QuietTrainer:
-    """Stands in for a module's and its data's Trainer during a pass: it trains, ``log`` and the loggers do nothing."""
+    """Stands in for the Trainer of a module and datamodule in a pass: it is training, and nothing is logged."""
 
     barebones = True  # LightningModule.log returns early
     training = True
@@ -78,7 +78,7 @@ class _QuietTrainer:
 
 @contextmanager
 def _working_copy(metric: Metric) -> Iterator[None]:
-    """Let a metric work on copies of its states, and put these and its other attributes back."""
+    """Let a metric work on copies of its states, and restore the states and its other attributes on exit."""
     attributes = dict(vars(metric))
     for name, value in attributes.items():
         if isinstance(value, Tensor):
@@ -92,11 +92,12 @@ def _working_copy(metric: Metric) -> Iterator[None]:
 
 
 def _fingerprints(module: torch.nn.Module) -> dict[str, tuple[int, float]]:
-    """What tells of each parameter whether it has been changed; of those that want no gradient also through ``.data``.
+    """Return a value for each parameter that changes when the parameter is changed.
 
-    It reads from the device once, for all of them.
+    For parameters with ``requires_grad=False`` it also changes after a change through ``.data``. All values are read
+    from the device at once.
     """
-    parameters = {name: p for name, p in module.named_parameters() if not is_lazy(p)}  # the first pass makes those
+    parameters = {name: p for name, p in module.named_parameters() if not is_lazy(p)}  # the first pass makes lazy ones
     sums = {
         name: own_part(p.detach()).float().nan_to_num().sum()
         for name, p in parameters.items()
@@ -109,7 +110,7 @@ def _fingerprints(module: torch.nn.Module) -> dict[str, tuple[int, float]]:
 
 @contextmanager
 def _restored_state(module: torch.nn.Module, but: Collection[torch.nn.Module]) -> Iterator[None]:
-    """Put back metrics and all buffers but those of some layers."""
+    """Restore metrics and buffers on exit, except buffers of the layers ``but``; warn if a parameter was changed."""
     buffers = [
         (m, name, b, None if b is None else b.clone())
         for m in module.modules()
@@ -125,7 +126,7 @@ def _restored_state(module: torch.nn.Module, but: Collection[torch.nn.Module]) -
             yield
     finally:
         for m, name, buffer, value in buffers:
-            m._buffers[name] = buffer  # it may have been assigned to
+            m._buffers[name] = buffer  # a pass may have assigned another tensor
             if buffer is not None and value is not None:
                 buffer.copy_(value)
         now = _fingerprints(module)
@@ -139,7 +140,7 @@ def _restored_state(module: torch.nn.Module, but: Collection[torch.nn.Module]) -
 
 @contextmanager
 def _ignored(*messages: str) -> Iterator[None]:
-    """Ignore warnings. After ``warnings.catch_warnings`` Python repeats all that it has told: here in each epoch."""
+    """Ignore warnings. ``warnings.catch_warnings`` would make Python repeat earlier warnings, here in each epoch."""
     filters = cast(list[Any], warnings.filters)
     entries = [("ignore", re.compile(message), Warning, None, 0) for message in messages]
     filters[:0] = entries
@@ -152,7 +153,7 @@ def _ignored(*messages: str) -> Iterator[None]:
 
 
 def eagerly() -> AbstractContextManager[Any]:
-    """Compiled modules run eagerly, so that hooks on their layers fire, and are not traced into graphs."""
+    """Run compiled modules eagerly, so that hooks on their layers fire, and are not traced into graphs."""
     return cast(AbstractContextManager[Any], torch.compiler.set_stance("force_eager"))
 
 
@@ -160,14 +161,14 @@ def eagerly() -> AbstractContextManager[Any]:
 def without_side_effects(
     trainer: pl.Trainer, pl_module: pl.LightningModule, estimated: Collection[torch.nn.Module] = ()
 ) -> Iterator[None]:
-    """Run forward passes in evaluation mode and eagerly; no log, random number, buffer or metric notices.
+    """Run forward passes eagerly, in evaluation mode, without effects on logs, random numbers, buffers or metrics.
 
     Args:
         trainer: The Trainer.
         pl_module: Its module.
-        estimated: Batch-norm layers whose statistics the passes are for, which keep what they are set to.
+        estimated: Batch-norm layers that the passes re-estimate; their buffers are not restored.
     """
-    # validation may run in inference mode, whose tensors training could not use again
+    # validation may run in inference mode, and training could not use tensors that were created in it
     modes = torch.inference_mode(False), torch.no_grad()
     silent = _ignored(r".*You are trying to `self.log\(\)`.*", ".*does not have many workers.*")
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
@@ -188,7 +189,7 @@ def without_side_effects(
 
 
 def can_run_training_step(pl_module: pl.LightningModule) -> bool:
-    """Whether ``training_step`` is a pure function of a batch: no optimizer of its own, no iterator to draw from."""
+    """Whether ``training_step`` needs only a batch: it steps no optimizer itself, and draws from no iterator."""
     parameters = inspect.signature(pl_module.training_step).parameters
     return pl_module.automatic_optimization and "dataloader_iter" not in parameters
 
@@ -196,10 +197,10 @@ def can_run_training_step(pl_module: pl.LightningModule) -> bool:
 def training_pass(
     trainer: pl.Trainer, pl_module: pl.LightningModule, forward_fn: ForwardFn | None
 ) -> Callable[[Any], object]:
-    """What to do with a batch: the user's function, or the module's ``training_step`` under the Trainer's precision.
+    """Return what to run on a batch, in the Trainer's precision: ``forward_fn``, or the module's ``training_step``.
 
     Raises:
-        MisconfigurationException: If there is no function and ``training_step`` cannot serve.
+        MisconfigurationException: If ``forward_fn`` is None and ``training_step`` cannot be run on its own.
     """
     if forward_fn is not None:
         function = forward_fn

@@ -1,4 +1,4 @@
-"""What quantization-aware training does not work with, or not as one may think: told before training, not after."""
+"""Checks, before training, for what quantization-aware training does not support, or not as users may expect."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _COPY_THE_MODEL = (pl.callbacks.WeightAveraging, pl.callbacks.StochasticWeightAv
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
-    """Refuse strategies under which scales have no place.
+    """Refuse strategies, or combinations of strategy and precision, that cannot store scales next to the weights.
 
     Raises:
         MisconfigurationException: If the Trainer has one.
@@ -53,7 +53,7 @@ def check_strategy(trainer: pl.Trainer) -> None:
 
 
 def check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
-    """Refuse callbacks that would work on another model than the one that ``callback`` quantizes.
+    """Refuse callbacks that do not work on the model that ``callback`` quantizes, or come in the wrong order.
 
     Raises:
         MisconfigurationException: If the Trainer has one.
@@ -79,10 +79,10 @@ def check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
 
 
 def check_layers(pl_module: pl.LightningModule, config: QuantConfig) -> None:
-    """Refuse a module of which nothing is quantized, or that has changed since its quantizers were inserted.
+    """Refuse a module that has no quantized layers, or that was changed after its quantizers were inserted.
 
     Raises:
-        MisconfigurationException: If it is one.
+        MisconfigurationException: If the module is of either kind.
     """
     refuse_late_layers(unquantized_layers(pl_module, config))
     if not quantized_layers(pl_module):
@@ -113,7 +113,7 @@ def check_layers(pl_module: pl.LightningModule, config: QuantConfig) -> None:
 
 
 def warn_of_copied_process(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Say so if training gives the module back as it was, without quantizers."""
+    """Warn if training runs in copies of the process, and leaves the user's module without quantizers."""
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not quantized_layers(pl_module):
         rank_zero_warn(
             "Training runs in copies of the process, and gives the latent weights back to a module without "
@@ -123,7 +123,7 @@ def warn_of_copied_process(trainer: pl.Trainer, pl_module: pl.LightningModule) -
 
 
 def refuse_late_layers(names: list[str]) -> None:
-    """Refuse layers that training begins with, and that have come too late to be quantized.
+    """Refuse layers that exist when training begins, but were created too late to be quantized.
 
     Raises:
         MisconfigurationException: If there are any.
@@ -136,7 +136,7 @@ def refuse_late_layers(names: list[str]) -> None:
 
 
 def warn_of_late_layers(names: list[str]) -> None:
-    """Say so if layers, such as those of a network that grows, train in full precision because they came late."""
+    """Warn about layers, such as those of a growing network, that were created late and train in full precision."""
     if names:
         rank_zero_warn(
             f"Layers {', '.join(names[:5])} have been made since training began. They have no quantizers, and stay in "
@@ -145,14 +145,14 @@ def warn_of_late_layers(names: list[str]) -> None:
 
 
 def warn_of_teachers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Say so if DDP would wait for gradients of scales that have none."""
+    """Warn if DDP would wait for the gradients of scales that may get none."""
     if not isinstance(trainer.strategy, DDPStrategy):
         return
     fixed = [
         name
         for name, layer in quantized_layers(pl_module).items()
         if not any(p.requires_grad for p in own_parameters(layer))
-        and any(q.scale.requires_grad for q in layer.quantizers())  # not of a copy of the network
+        and any(q.scale.requires_grad for q in layer.quantizers())  # False in a copy of the network
     ]
     if fixed:
         rank_zero_warn(

@@ -32,25 +32,26 @@ __all__ = ["BatchNormReestimation"]
 
 
 class BatchNormReestimation(pl.Callback):
-    """Computes batch-norm statistics anew before every validation and test and at the end of fit.
+    """Re-estimates batch-norm statistics before every validation and test, and at the end of fit.
 
-    Oscillating weights leave running statistics stale (Nagel et al., arXiv 2203.11086, Sec. 2.3.1). Each layer gets
-    exactly the mean and variance over some training batches; the same ones each time, so that epochs differ by their
-    weights alone. Weights, other buffers, metrics, random numbers and training's own iterator are left alone, and
-    nothing is logged from these passes. Layers that training itself keeps in evaluation mode are left alone as well.
+    Oscillating weights make running statistics stale (Nagel et al., arXiv 2203.11086, Sec. 2.3.1). Each layer gets
+    exactly the mean and variance over some training batches: the same batches each time, so that epochs differ by their
+    weights alone. The passes do not change weights, other buffers, metrics, random numbers or training's own iterator,
+    and they log nothing. Layers that training itself keeps in evaluation mode are not re-estimated.
 
-    Put it after callbacks that swap weights before an evaluation, such as WeightAveraging. Attributes that a
-    ``training_step`` sets by itself, such as a list of outputs, are beyond reach: give ``forward_fn`` then.
+    Put it after callbacks that swap weights before an evaluation, such as WeightAveraging. Attributes that
+    ``training_step`` itself sets, such as a list of outputs, cannot be restored: give ``forward_fn`` in that case.
 
     Args:
-        num_batches: Training batches to estimate from, at least 1, on each process. The paper's authors use 50.
-        log_divergence: Log ``batch_norm/divergence/<layer>``, the KL divergence of the new statistics from the old in
-            nats, mean over the channels, and ``batch_norm/divergence``, the largest of them.
-        forward_fn: Runs the network on a batch, given the LightningModule and the batch, where its ``training_step``
-            cannot be run on its own. In YAML, the import path of a function.
+        num_batches: Number of training batches to estimate from on each process, at least 1. The paper's authors use
+            50.
+        log_divergence: Whether to log ``batch_norm/divergence/<layer>``, the KL divergence of the new statistics from
+            the old ones in nats, averaged over the channels, and ``batch_norm/divergence``, the largest of these.
+        forward_fn: Function of the LightningModule and a batch that runs the network on the batch. It is needed if
+            ``training_step`` cannot be run on its own. In YAML: the import path of the function.
 
     Raises:
-        TypeError: If an argument is of another type.
+        TypeError: If an argument has the wrong type.
         ValueError: If ``num_batches`` is below 1.
     """
 
@@ -65,38 +66,38 @@ class BatchNormReestimation(pl.Callback):
         self.log_divergence = log_divergence
         self.forward_fn = forward_fn
         self._layers: dict[str, _BatchNorm] = {}
-        self._trained: dict[str, _BatchNorm] = {}  # the layers whose statistics training does not use
-        self._left_alone: list[str] | None = None  # the others, once a training step has shown them
-        self._evaluating: list[str] = []  # what they are ahead of an evaluation, as far as modes tell
+        self._trained: dict[str, _BatchNorm] = {}  # layers in training mode, to be re-estimated
+        self._left_alone: list[str] | None = None  # the other layers, from training or a checkpoint
+        self._evaluating: list[str] = []  # layers that are in evaluation mode in setup
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that ``training_step`` can be run, and note which layers it may be for."""
+        """Check the order of callbacks and that ``training_step`` can be run, and find the layers to re-estimate."""
         require_quantization(trainer, self)
         require_averaging_before(trainer, self)
         require_freezing_before(trainer, self)
-        # the modes are still the author's: ahead of an evaluation the Trainer is about to change all of them
+        # the modes are still those that the user set: the Trainer changes all of them before an evaluation
         self._evaluating = [name for name, bn in batch_norm_layers(pl_module).items() if not bn.training]
         self._find(pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look again: ``configure_model`` has made layers, and ``sync_batchnorm`` replaced them."""
+        """Find the layers again: ``configure_model`` may have created some, and ``sync_batchnorm`` replaced them."""
         self._find(pl_module, "fit")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look again, after ``configure_model`` and the checkpoint."""
+        """Find the layers again, after ``configure_model`` and after the checkpoint was loaded."""
         if trainer.state.fn != "fit":
             self._find(pl_module, "validate")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look again, after ``configure_model`` and the checkpoint."""
+        """Find the layers again, after ``configure_model`` and after the checkpoint was loaded."""
         self._find(pl_module, "test")
 
     def state_dict(self) -> dict[str, Any]:
-        """The layers that training keeps in evaluation mode: by itself the module does not say so outside of it."""
+        """Return the layers that training keeps in evaluation mode, which outside of training the modes do not show."""
         return {"left_alone": self._left_alone}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what the run that the checkpoint is of left alone."""
+        """Restore the layers that the run of the checkpoint kept in evaluation mode."""
         self._left_alone = state_dict["left_alone"]
 
     def _find(self, pl_module: pl.LightningModule, stage: str) -> None:
@@ -106,7 +107,7 @@ class BatchNormReestimation(pl.Callback):
             left_alone = self._evaluating if self._left_alone is None else self._left_alone
             self._trained = {name: bn for name, bn in self._layers.items() if name not in left_alone}
         if stage != "fit" and self._left_alone is None and not self._trained:
-            self._trained = self._layers  # the module as a whole is in evaluation mode: nothing is frozen
+            self._trained = self._layers  # the whole module is in evaluation mode, so no layer is frozen
         if self._trained and self.forward_fn is None and not can_run_training_step(pl_module):
             raise MisconfigurationException(
                 "BatchNormReestimation cannot run this module's `training_step` on its own (manual optimization, or a "
@@ -116,23 +117,23 @@ class BatchNormReestimation(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note which layers are in training mode: an epoch may have begun, or a callback unfrozen some."""
+        """Note which layers are in training mode: it may change in a new epoch, or when a callback unfreezes layers."""
         if batch_idx == 0:
             self._layers = batch_norm_layers(pl_module)
         self._trained = {name: bn for name, bn in self._layers.items() if bn.training}
         self._left_alone = [name for name in self._layers if name not in self._trained]
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Re-estimate, and log how far the statistics were off."""
+        """Re-estimate the statistics, and log how far the old ones were off."""
         if not trainer.sanity_checking:
             self._log(trainer, pl_module, self._reestimate(trainer, pl_module))
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Re-estimate, and log how far the statistics were off."""
+        """Re-estimate the statistics, and log how far the old ones were off."""
         self._log(trainer, pl_module, self._reestimate(trainer, pl_module))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Re-estimate for whoever uses the module after fit."""
+        """Re-estimate the statistics for use of the module after fit."""
         self._reestimate(trainer, pl_module)
 
     def _reestimate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""IterativeFreezing: holds the integers of weights that oscillate too often."""
+"""IterativeFreezing: freezes the integers of weights that oscillate too often."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ __all__ = ["IterativeFreezing"]
 class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
     """Freezes weights that oscillate too often (Nagel et al., arXiv 2203.11086, Sec. 4.3, Algorithm 1).
 
-    A weight whose frequency exceeds the threshold is held for the rest of training at the integer that its moving
-    average rounds to. The scale goes on learning, with dw_q/ds = z for a frozen integer z. Frozen latent weights are
-    kept at s z, so they are right in evaluation, in every checkpoint and for code that knows nothing of freezing;
-    whatever momentum or weight decay does to them is undone.
+    A weight whose frequency exceeds the threshold is frozen for the rest of training at the integer that its moving
+    average rounds to. The scale is still learned, with dw_q/ds = z for a frozen integer z. Frozen latent weights are
+    kept at s z, so they are correct in evaluation, in every checkpoint and for code that is unaware of freezing;
+    changes to them by momentum or weight decay are undone.
 
-    Begin late enough: a weight that freezes while its moving average still remembers where training began is held at
-    the wrong integer. An annealed threshold does so by itself.
+    Start freezing late enough: a weight that freezes while its moving average still reflects the start of training is
+    held at the wrong integer. With an annealed threshold, freezing starts only after ``anneal_start`` of the run.
 
-    Needs no OscillationTracking; beside one, both share one state. Logs ``oscillation/freeze_threshold``.
+    It works without OscillationTracking; with it, both share one state. Logs ``oscillation/freeze_threshold``.
 
     Args:
         threshold: Frequency above which a weight is frozen, in (0, 1], in oscillations per optimizer step.
-        final_threshold: Threshold at the end of the run, annealed to along half a cosine. None: constant.
-        anneal_start: Share of the run at which annealing begins, in [0, 1); nothing is frozen before. A constant
-            threshold holds from the first step.
-        momentum: Weight of the new value in the moving averages, in (0, 1]. None: that of OscillationTracking if it is
-            in the list, else 0.01. One oscillation lifts a frequency of 0 to the momentum, so a threshold below twice
-            the momentum freezes weights that have oscillated once or twice: there is a warning, but for a
-            ``final_threshold`` of at least the momentum, as the paper's. One that begins below the momentum itself
-            freezes every weight at its first oscillation, and is refused.
+        final_threshold: Threshold at the end of the run, reached along half a cosine. None: the threshold is constant.
+        anneal_start: Share of the run at which annealing begins, in [0, 1); no weight is frozen before. A constant
+            threshold applies from the first step.
+        momentum: Weight of the new value in the moving averages, in (0, 1]. None: that of OscillationTracking if the
+            Trainer has it and it sets a momentum, else 0.01. One oscillation raises a frequency from 0 to the momentum,
+            so a threshold below twice the momentum freezes weights that have oscillated once or twice, and there is a
+            warning. Only ``final_threshold`` may go down to the momentum without a warning, as in the paper. A
+            ``threshold`` below the momentum would freeze every weight at its first oscillation, and is an error.
         max_bits: Only weights of at most this many bits are frozen.
 
     Raises:
-        TypeError: If an argument is no number.
+        TypeError: If an argument is not a number.
         ValueError: If an argument is out of range.
     """
 
@@ -79,11 +79,11 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
         self._dampening: OscillationDampening | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Agree on the momentum, compare the threshold with it, and take dampening over, to share one pass with it."""
+        """Agree on the momentum, check the threshold against it, and take over dampening, to do both in one pass."""
         super().setup(trainer, pl_module, stage)
         require_averaging_before(trainer, self)
         if stage != "fit":
-            return  # within a fit it would be an evaluation by another Trainer, which is not to part them
+            return  # an evaluation by another Trainer inside a fit must not separate the two callbacks
         earlier = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
         dampening = [c for c in earlier if isinstance(c, OscillationDampening) and c.max_bits == self.max_bits]
         self._dampening = next((c for c in dampening if c.leave_to(self)), None)
@@ -102,7 +102,7 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin the history of every weight, and lay the schedule over the run."""
+        """Start the histories of the weights, and set up the schedule for the length of the run."""
         super().on_train_start(trainer, pl_module)
         if self.threshold != self.final_threshold:
             steps = run_length(trainer, "The freezing threshold")
@@ -113,7 +113,7 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Hand the gradient of frozen weights on to their scale, behind what dampening adds to it."""
+        """Pass the gradients of frozen weights on to their scales, after adding the gradient of dampening, if any."""
         self._step_hooks.begin(self, optimizer)
         weights = self._weights.about_to_move(optimizer)
         if self._dampening is None or self._dampening.weight == 0.0:
@@ -134,16 +134,16 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
             pl_module.log("oscillation/freeze_threshold", self._in_force)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hold frozen weights also where another callback has just swapped in averaged ones."""
-        if not trainer.sanity_checking:  # ahead of which nobody has looked at what is frozen
+        """Put frozen weights back in place, because another callback may have swapped in averaged weights."""
+        if not trainer.sanity_checking:  # it runs before stale frozen masks are released
             self._hold(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hold frozen weights also where another callback has just swapped in averaged ones."""
+        """Put frozen weights back in place, because another callback may have swapped in averaged weights."""
         self._hold(trainer, pl_module)
 
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reshard(pl_module)
-        for _, weight, q in trained_weights(trainer, pl_module, self.max_bits):  # not those of an average in the module
+        for _, weight, q in trained_weights(trainer, pl_module, self.max_bits):  # not of an averaged copy
             if q.oscillation is not None:
                 q.oscillation.hold_frozen(weight, q.scale)

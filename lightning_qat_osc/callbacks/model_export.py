@@ -1,4 +1,4 @@
-"""ModelExport: integers at the end of fit, or beside each best checkpoint."""
+"""ModelExport: exports integer weights at the end of fit, or next to each best checkpoint."""
 
 from __future__ import annotations
 
@@ -31,28 +31,31 @@ When = Literal["fit_end", "best"]
 
 
 class ModelExport(pl.Callback):
-    """Exports the quantized model: at the end of fit, or beside each best checkpoint of the Trainer's ModelCheckpoint.
+    """Exports the quantized model at the end of fit, or next to each best checkpoint of the Trainer's ModelCheckpoint.
 
-    Files are made on the CPU, on rank zero, from a copy of the model: ``model.safetensors``, ``model.onnx`` and
-    ``model.pt2`` in ``dirpath``; or, beside ``epoch=3-step=40.ckpt``, ``epoch=3-step=40.safetensors`` and so on, made
-    from that checkpoint, and removed when ModelCheckpoint has removed it. "onnx" and "torch" need an example input:
-    the module's ``example_input_array``, or else what its forward was last called with during the first training batch.
-    An export beside a checkpoint that fails is a warning, and training goes on; one at the end of fit raises.
+    Files are made on the CPU, on rank zero, from a copy of the model. At the end of fit they are ``model.safetensors``,
+    ``model.onnx`` and ``model.pt2`` in ``dirpath``. Next to a checkpoint ``epoch=3-step=40.ckpt`` they are
+    ``epoch=3-step=40.safetensors`` and so on, made from that checkpoint, and removed after ModelCheckpoint has removed
+    it. "onnx" and "torch" need an example input: the module's ``example_input_array`` if it is set and the whole
+    module is exported, or else the inputs of the last call of the exported module's forward in the first training
+    batch. If an export next to a checkpoint fails, there is a warning, and training continues; if the export at the end
+    of fit fails, it raises.
 
     A run with ``fast_dev_run`` exports nothing.
 
     Args:
-        formats: "packed" (safetensors with b bits a weight, for ``lightning_qat_osc.export.load_packed``), "onnx" (ONNX
-            with QuantizeLinear and DequantizeLinear) and "torch" (a ``torch.export`` program with integer weights).
-        when: "fit_end", or "best".
-        dirpath: Folder for the files at the end of fit; the Trainer's ``default_root_dir`` if None.
-        network: Name of the submodule to export, such as "network", where the module's own ``forward`` is not what is
-            to be deployed. None: the whole module.
-        dynamic_batch: Leave the batch size of "onnx" and "torch" open. False for a forward that fixes it, as
-            ``x.view(len(x), -1)`` does: then it is that of the example input.
+        formats: "packed" (safetensors with b bits per weight, for ``lightning_qat_osc.export.load_packed``), "onnx"
+            (ONNX with QuantizeLinear and DequantizeLinear) and "torch" (a ``torch.export`` program with integer
+            weights).
+        when: "fit_end", or "best" for an export next to each best checkpoint.
+        dirpath: Folder for the files at the end of fit. None: the Trainer's ``default_root_dir``.
+        network: Name of the submodule to export, such as "network", if the module's own ``forward`` is not what you
+            want to deploy. None: the whole module.
+        dynamic_batch: Whether "onnx" and "torch" accept any batch size. Set it to False for a forward that fixes the
+            batch size, as ``x.view(len(x), -1)`` does: the batch size is then that of the example input.
 
     Raises:
-        TypeError: If ``dirpath`` is no path, or ``network`` no string.
+        TypeError: If ``dirpath`` is not a path, ``network`` not a string, or ``dynamic_batch`` not a bool.
         ValueError: If a choice is unknown, there are no formats, or ``dirpath`` is given with "best".
     """
 
@@ -89,13 +92,13 @@ class ModelExport(pl.Callback):
         self._example_input: Any = None
         self._capturing: RemovableHandle | None = None
         self._exported: tuple[str, int] | None = None  # path of a checkpoint, and when it was written
-        self._files: dict[str, list[Path]] = {}  # path of a checkpoint -> what was exported beside it
+        self._files: dict[str, list[Path]] = {}  # path of a checkpoint -> files exported next to it
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what would fail after hours of training."""
+        """Raise for what would otherwise fail only after hours of training."""
         if stage != "fit":
             return
-        # of a run before only what is beside checkpoints that this one may remove
+        # keep only files next to checkpoints that this run may still remove
         kept = getattr(trainer.checkpoint_callback, "best_k_models", {})
         self._files = {path: files for path, files in self._files.items() if path in kept}
         require_quantization(trainer, self)
@@ -131,7 +134,7 @@ class ModelExport(pl.Callback):
             Path(folder).mkdir(parents=True, exist_ok=True)
 
     def _refuse_to_overwrite(self, trainer: pl.Trainer) -> None:
-        """Insist that no other ModelExport writes the same files."""
+        """Raise if another ModelExport would write the same files."""
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if not isinstance(other, ModelExport) or other is self or other.when != self.when:
                 continue
@@ -144,7 +147,7 @@ class ModelExport(pl.Callback):
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the network, and what it may already have been exported as."""
+        """Check the network, find existing exports of the best checkpoint, and read ``example_input_array``."""
         if not quantized_layers(self._network(pl_module)):
             raise MisconfigurationException(
                 f"network must name a submodule with quantized layers, and {self.network!r} has none"
@@ -161,7 +164,7 @@ class ModelExport(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Export the best checkpoint, if it is a new one; watch the first batch for an example input."""
+        """Export the best checkpoint if it is new, and capture an example input if one is needed."""
         self._export_best(trainer, pl_module)
         wanted = self._example_input is None and self._need_input
         if wanted and self._capturing is None and trainer.is_global_zero:
@@ -172,16 +175,16 @@ class ModelExport(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop watching."""
+        """Stop capturing an example input."""
         self._stop_capturing()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Insist on an example input, once all batches have been seen: not after all of training."""
+        """Raise if no batch of the epoch has given an example input, rather than after all of training."""
         if self.when == "fit_end" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._check_example_input(self._network(pl_module))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export the best checkpoint, if it is a new one."""
+        """Export the best checkpoint if it is new."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._export_best(trainer, pl_module)
 
@@ -195,39 +198,39 @@ class ModelExport(pl.Callback):
 
     @property
     def state_key(self) -> str:
-        """Of each of several in one Trainer, its own."""
+        """Return a key that differs between several ModelExports in one Trainer."""
         return self._generate_state_key(
             formats=self.formats, when=self.when, dirpath=str(self.dirpath), network=self.network
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What was exported beside which checkpoint, to be removed with it."""
+        """Return the files that were exported next to each checkpoint, which are removed with it."""
         files = {path: [str(file) for file in files] for path, files in self._files.items()}
         return {"files": files} if files else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore the files that were exported next to each checkpoint."""
         self._files = {path: [Path(file) for file in files] for path, files in state_dict["files"].items()}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the network."""
+        """Remove the hook from the network."""
         self._stop_capturing()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the network."""
+        """Remove the hook from the network."""
         self._stop_capturing()
 
     def _network(self, pl_module: pl.LightningModule) -> nn.Module:
         try:
             network = pl_module if self.network is None else pl_module.get_submodule(self.network)
-            return getattr(network, "_orig_mod", network)  # of torch.compile(network)
+            return getattr(network, "_orig_mod", network)  # unwrap torch.compile(network)
         except AttributeError as error:
             raise MisconfigurationException(
                 f"network must name a submodule of {type(pl_module).__name__}, got {self.network!r}: {error}"
             ) from error
 
     def _capture(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # DDP runs training_step in the place of forward, which it puts back before the step calls it
+        # under DDP forward is training_step at first, and is restored before training_step calls it
         forward = getattr(network.forward, "_torchdynamo_orig_callable", network.forward)  # of torch.compile(module)
         if getattr(forward, "__func__", None) is not type(network).forward:
             return
@@ -242,7 +245,7 @@ class ModelExport(pl.Callback):
             self._capturing = None
 
     def _best(self, trainer: pl.Trainer) -> tuple[str, int] | None:
-        """Path and time of the best checkpoint, if there is one by now."""
+        """Return the path and the modification time of the best checkpoint, or None if there is none yet."""
         checkpoint = trainer.checkpoint_callback
         if self.when != "best" or not isinstance(checkpoint, ModelCheckpoint) or not checkpoint.best_model_path:
             return None
@@ -250,7 +253,7 @@ class ModelExport(pl.Callback):
         return (str(path), path.stat().st_mtime_ns) if path.is_file() else None
 
     def _export_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export the best checkpoint, if it is a new one, and remove what belonged to removed ones."""
+        """Export the best checkpoint if it is new, and remove the exports of checkpoints that were removed."""
         if not trainer.is_global_zero:
             return
         for path in [path for path in self._files if not Path(path).exists()]:
@@ -262,25 +265,25 @@ class ModelExport(pl.Callback):
         self._exported = best
         try:
             module = copied(pl_module)
-            # the file, not the model: that may have moved on, and an averaged one is not in it now
-            # written by this run, so whatever hyperparameters are in it, it is trusted
+            # read the file, not the model: the model may have changed since, and averaged weights are not in it now
+            # this run wrote the file, so it is trusted, whatever hyperparameters it contains
             checkpoint = torch.load(best[0], map_location="cpu", weights_only=False)
             rename_state(module, checkpoint, with_values=True)
             module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
             self._files[best[0]] = self._beside(best[0])
             self._export(self._network(module), self._files[best[0]])
-        except Exception as error:  # an export is no reason to lose the training
+        except Exception as error:  # a failed export must not end the training
             rank_zero_warn(f"{best[0]} was not exported: {type(error).__name__}: {error}")
 
     def _beside(self, checkpoint: str) -> list[Path]:
         return self._with_suffixes(Path(checkpoint).with_suffix(""))
 
     def _with_suffixes(self, path: Path) -> list[Path]:
-        """The file of each format."""
+        """Return the path of each format's file."""
         return [path.with_name(path.name + SUFFIXES[export_format]) for export_format in self.formats]
 
     def _export(self, network: nn.Module, files: list[Path]) -> None:
-        """Export a copy of the network."""
+        """Export ``network``, which is a copy of the model's, in each format."""
         network.cpu()
         self._check_example_input(network)
         for export_format, file in zip(self.formats, files):
@@ -298,15 +301,15 @@ class ModelExport(pl.Callback):
 
 
 def _on_cpu(inputs: Any) -> Any:
-    """A copy of what a forward takes, on the CPU."""
+    """Copy the inputs of a forward to the CPU."""
     return pytree.tree_map_only(Tensor, lambda x: x.detach().cpu().clone(), inputs)
 
 
 def _by_name(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a network, all by name.
+    """Return all arguments of a call of a network by name.
 
     Raises:
-        MisconfigurationException: If some have none.
+        MisconfigurationException: If some positional arguments have no name.
     """
     signature = inspect.signature(network.forward)
     arguments = dict(signature.bind(*args, **kwargs).arguments)

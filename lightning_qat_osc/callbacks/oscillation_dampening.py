@@ -1,4 +1,4 @@
-"""OscillationDampening: pulls latent weights towards the centres of their bins."""
+"""OscillationDampening: pulls latent weights toward the centers of their bins."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ __all__ = ["OscillationDampening"]
 
 
 class OscillationDampening(pl.Callback):
-    r"""Adds the gradient of the dampening loss to the weights' (Nagel et al., arXiv 2203.11086, Sec. 4.2).
+    r"""Adds the gradient of the dampening loss to the weights' gradients (Nagel et al., arXiv 2203.11086, Sec. 4.2).
 
     :math:`L = L_{task} + \lambda \| w_q - \mathrm{clip}(w, s n, s p) \|_F^2`. The gradient is added in closed form
-    before each optimizer step: once a step under gradient accumulation, inside clipping, the same on every rank. The
-    module's own loss and its logging stay as they are.
+    before each optimizer step: once per step under gradient accumulation, before gradient clipping, and the same on
+    every rank. The module's own loss and its logging do not change.
 
-    Logs ``oscillation/dampening_weight``, which is lambda, and ``oscillation/dampening_loss``, without lambda.
+    Logs ``oscillation/dampening_weight``, which is lambda, and ``oscillation/dampening_loss``, without that factor.
 
     Args:
-        final_weight: Lambda at the end of the run, at least 0. The paper's table 4 has 1e-4 to 1e-2 for "sum".
-        initial_weight: Lambda at the start, at least 0; annealed from there along half a cosine.
+        final_weight: Lambda at the end of the run, at least 0. The paper's Table 4 uses 1e-4 to 1e-2 with "sum".
+        initial_weight: Lambda at the start of the run, at least 0; it is annealed from there along half a cosine.
         anneal_start: Share of the run at which annealing begins, in [0, 1).
-        aggregation: Over a layer's weights: "sum", the paper's Frobenius norm; "mean"; or "kernel_mean", the authors'
-            ``sum(0).mean()``, to which their lambda of 0.1 belongs. The layers' losses are added up.
+        aggregation: How the squared distances of a layer's weights are reduced: "sum", the paper's Frobenius norm;
+            "mean"; or "kernel_mean", the ``sum(0).mean()`` in the authors' code, for which their lambda of 0.1 is
+            meant. The losses of the layers are added up.
         max_bits: Only weights of at most this many bits are dampened.
 
     Attributes:
-        weight: Lambda of the step that is being made, or was made last.
+        weight: Lambda of the current or the last optimizer step.
 
     Raises:
-        TypeError: If an argument is no number.
-        ValueError: If an argument is out of range.
+        TypeError: If an argument is not a number.
+        ValueError: If an argument is out of range, or ``aggregation`` is unknown.
     """
 
     def __init__(
@@ -68,32 +69,32 @@ class OscillationDampening(pl.Callback):
         self.aggregation = aggregation
         self.max_bits = max_bits
         self._schedule: Schedule = constant(final_weight)
-        self.weight = 0.0  # the one in force
+        self.weight = 0.0  # lambda in use
         self._left_to: pl.Callback | None = None
         self._step_hooks: OptimizerStepHooks
         self._weights: OptimizerWeights
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that there will be something to dampen."""
+        """Check that QuantizationAwareTraining comes before, and that there is only one OscillationDampening."""
         self._step_hooks = require_quantization(trainer, self).step_hooks
         require_one(trainer, self)
         if stage == "fit":
             self._left_to = None
 
     def leave_to(self, other: pl.Callback) -> bool:
-        """Leave the gradient to a callback behind this one, which adds it in a pass of its own over the gradients.
+        """Let a later callback add the gradient, in the pass over the gradients that it makes anyway.
 
         Args:
             other: The callback.
 
         Returns:
-            Whether it is left to that one, and not to another that has asked before.
+            Whether ``other`` is to add the gradient: False if another callback has asked before.
         """
         self._left_to = self._left_to or other
         return self._left_to is other
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hook the optimizers, and lay the schedule over the run."""
+        """Register step hooks, and set up the schedule for the length of the run."""
         warn_if_nothing_oscillates(pl_module, self.max_bits, "dampen")
         self._weights = OptimizerWeights(pl_module, self.max_bits)
         self._step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module))
@@ -105,7 +106,7 @@ class OscillationDampening(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Add lambda times the gradient to that of the weights which this optimizer is about to move."""
+        """Add lambda times the dampening gradient to the gradients of the weights that this optimizer will move."""
         self._step_hooks.begin(self, optimizer)
         self.weight = self._schedule(run_step(trainer))
         if self.weight > 0.0 and self._left_to is None:
@@ -115,7 +116,7 @@ class OscillationDampening(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log lambda of the last step and the loss after it."""
+        """Log lambda of the last step, and the dampening loss after that step."""
         if not is_log_step(trainer):
             return
         losses = [

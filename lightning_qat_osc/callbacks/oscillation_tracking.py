@@ -20,17 +20,18 @@ class OscillationTracking(TracksOscillation):
 
     For each layer and in total it logs ``oscillation/frequency[/<layer>]``, the mean frequency in oscillations per
     optimizer step; ``oscillation/oscillating[/<layer>]``, the share of the weights with a frequency above 0.005; and
-    ``oscillation/frozen[/<layer>]``, the share that is frozen. Loggers get them every ``log_every_n_steps`` of the
-    Trainer, callbacks such as EarlyStopping also at the end of each epoch and before each validation. The
-    states themselves are in :func:`~lightning_qat_osc.oscillation_states`, and in every checkpoint.
+    ``oscillation/frozen[/<layer>]``, the share that is frozen. Loggers get these values every ``log_every_n_steps`` of
+    the Trainer; callbacks such as EarlyStopping also get them at the end of each epoch and before each validation.
+    :func:`~lightning_qat_osc.oscillation_states` returns the states themselves, and every checkpoint contains them.
 
     Args:
         momentum: Weight of the new value in the moving averages of frequency and integers, in (0, 1]. None: that of
-            IterativeFreezing, if it is in the list and has one, else 0.01.
-        max_bits: Only weights of at most this many bits are tracked, as in the paper, where more bits do not suffer.
+            IterativeFreezing, if the Trainer has it and it sets a momentum, else 0.01.
+        max_bits: Only weights of at most this many bits are tracked, as in the paper, where oscillations do no harm to
+            weights of more bits.
 
     Raises:
-        TypeError: If an argument is no number.
+        TypeError: If an argument is not a number.
         ValueError: If an argument is out of range.
     """
 
@@ -40,12 +41,12 @@ class OscillationTracking(TracksOscillation):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the figures, where somebody looks at them."""
+        """Log the values, if this is a logging step."""
         if is_log_step(trainer):
             self._log(trainer, pl_module, on_step=True)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the figures for callbacks that look at the end of validation."""
+        """Log the values for callbacks that monitor them at the end of validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.barebones:
             self._log(trainer, pl_module, on_step=False)
 
@@ -67,5 +68,5 @@ class OscillationTracking(TracksOscillation):
             metric.update(states)
             for layer, value in metric.compute().items():
                 key = f"oscillation/{figure}/{layer}" if layer else f"oscillation/{figure}"
-                # the same on every rank already; a Trainer of several asks for it all the same
+                # sync_dist: the values are equal on all ranks, but Lightning warns without it
                 pl_module.log(key, value, on_step=on_step, on_epoch=not on_step, batch_size=1, sync_dist=not on_step)

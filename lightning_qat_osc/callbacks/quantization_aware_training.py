@@ -1,4 +1,4 @@
-"""QuantizationAwareTraining: quantizers go in before optimizers exist, ranges before the first step."""
+"""QuantizationAwareTraining: inserts quantizers before optimizers are created, and sets ranges before training."""
 
 from __future__ import annotations
 
@@ -58,16 +58,17 @@ _FOR_OTHER_BITS = (
 class QuantizationAwareTraining(pl.Callback):
     """Trains any LightningModule with simulated quantization of its weights and activations (LSQ, arXiv 1902.08153).
 
-    In ``setup``, before optimizers exist, layers of all kinds that :func:`~lightning_qat_osc.quantize_model` knows get
-    a quantizer for each weight, and all but embeddings one for each input. Weights are symmetric; inputs unsigned where
-    calibration saw nothing negative, else asymmetric. Before the first step the ranges are set from a few training
-    batches, run in evaluation mode; the first and last layer are found by the order in which these execute the layers.
-    The scales are then learned with an Adam of their own, without weight decay, inside the step of whatever optimizer
-    the module configures.
+    In ``setup``, before optimizers are created, each layer of a kind that :func:`~lightning_qat_osc.quantize_model`
+    supports gets a quantizer for each weight and, except for embeddings, for each input. Weights are quantized
+    symmetrically; inputs are unsigned if calibration saw no negative values, else asymmetric. Before the first step,
+    the ranges are set from a few training batches, run in evaluation mode. The order in which these batches execute
+    the layers determines which are the first and the last layer. The scales are then learned by an Adam optimizer of
+    their own, without weight decay, inside the step of the optimizer that the module configures.
 
-    Attributes that a ``training_step`` sets by itself, such as a list of outputs, see the calibration batches too,
-    unless ``forward_fn`` is given. Under manual optimization, without ``forward_fn``, the ranges come from the first
-    ``calibration_batches`` training steps themselves, which run in full precision.
+    If ``training_step`` itself sets attributes, such as a list of outputs, it also sets them for calibration batches,
+    unless ``forward_fn`` is given. Under manual optimization, or if ``training_step`` takes a ``dataloader_iter``, and
+    without ``forward_fn``, the ranges come from the first ``calibration_batches`` training steps themselves, which run
+    in full precision.
 
     Put it first among the callbacks of this package, and before callbacks that copy the model in ``setup``, such as
     WeightAveraging.
@@ -76,30 +77,32 @@ class QuantizationAwareTraining(pl.Callback):
         weight_bits: Bits of the weights, 2 to 8. None leaves them in full precision.
         activation_bits: Bits of the layers' inputs, 2 to 8. None leaves them in full precision.
         first_last_bits: Bits of the first and last layer; the first layer's input stays in full precision, as in
-            the paper. None treats both like the rest, inputs included.
+            the paper. None treats both layers like all others, inputs included.
         weight_granularity: "per_tensor", or "per_channel" for one weight scale per output channel.
         weight_range: How weight ranges are initialised: "mse" (least squared error), "minmax", "percentile" (0.1th to
             99.9th) or "lsq" (2 mean|w| / sqrt(quant_max)).
-        activation_range: How activation ranges are initialised, likewise.
-        rules: Exceptions by layer name or type; they hold for the first and last layer as well.
-        calibration_batches: Training batches from which activation ranges are initialised.
-        scale_learning_rate: Learning rate of the scales' Adam. It acts on their logarithm: a step changes a scale by
-            about this share of itself. It follows the learning-rate schedule of the module's optimizer.
-        fused: Compute quantizers and the steps of the oscillation callbacks with kernels that ``torch.compile`` makes
-            of them; in a compiled module the quantizers are part of its graph anyway. The first steps then take longer.
-            Where there is no compiler, a warning says so and everything runs eagerly.
-        recompute: Quantize weights and inputs again in the backward pass instead of keeping the results for it: a
-            training step then needs the memory of one in full precision, and the time of one more forward pass of the
-            quantizers, with the same result to the bit. A compiled module chooses for itself what it keeps, and so does
-            activation checkpointing.
-        print_plan: Print the plan (layer, type, shape, bits, ranges) before the first step.
+        activation_range: How activation ranges are initialised; the same choices as for ``weight_range``.
+        rules: Exceptions by layer name or type; they apply to the first and last layer as well.
+        calibration_batches: Number of training batches from which activation ranges are initialised.
+        scale_learning_rate: Learning rate of the Adam optimizer for the scales. It acts on the logarithm of a scale, so
+            a step changes a scale by about this share of its value. It follows the learning-rate schedule of the
+            module's optimizer.
+        fused: Whether to compile the quantizers and the updates of the oscillation callbacks with ``torch.compile``; in
+            a compiled module the quantizers are part of its graph anyway. The first steps then take longer. If there is
+            no compiler, a warning says so, and everything runs eagerly.
+        recompute: Whether to quantize weights and inputs again in the backward pass instead of saving the results for
+            it: a training step then needs the memory of one in full precision, and the time of one more forward pass of
+            the quantizers. The result is the same to the bit. A compiled module decides for itself what to save, and so
+            does activation checkpointing.
+        print_plan: Whether to print the plan (layer, type, shape, bits, ranges) before the first step.
         plan_path: File to write the plan to, as YAML, before the first step.
-        forward_fn: Runs the network on a batch, given the LightningModule and the batch, where its ``training_step``
-            cannot be run on its own. In YAML, the import path of a function.
+        forward_fn: Function of the LightningModule and a batch that runs the network on the batch. It is used instead
+            of ``training_step``, for modules in which that cannot be run on its own. In YAML: the import path of the
+            function.
 
     Raises:
-        TypeError: If an argument is of another type.
-        ValueError: If an argument is out of range, or ``plan_path`` a folder.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or ``plan_path`` is a folder.
     """
 
     def __init__(
@@ -144,20 +147,20 @@ class QuantizationAwareTraining(pl.Callback):
         self.print_plan = print_plan
         self.plan_path = plan_path
         self.forward_fn = forward_fn
-        self.step_hooks = OptimizerStepHooks()  # the other callbacks', too
+        self.step_hooks = OptimizerStepHooks()  # shared with the other callbacks
         self._scale_updates: ScaleUpdates | None = None
         self._saved_scale_updates: list[dict[str, Any]] | None = None
         self._watched: WatchedSteps | None = None
         self._float_checkpoint: dict[str, Any] | None = None
-        self._checked = False  # the scales, after the first step
-        self._late: set[str] = set()  # layers that have come after the quantizers
+        self._checked = False  # whether scales were checked after the first step
+        self._late: set[str] = set()  # layers created after the quantizers, and warned about
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Insert the quantizers, unless they are in already."""
+        """Insert the quantizers, unless the module already has them."""
         check_strategy(trainer)
         check_callbacks(trainer, self)
         if stage == "fit":
-            # a fit that failed after its checkpoint was read may have left these
+            # a fit that failed after reading its checkpoint may have left these
             self._scale_updates = self._saved_scale_updates = self._float_checkpoint = None
             warn_of_copied_process(trainer, pl_module)
             self._late.clear()
@@ -167,10 +170,10 @@ class QuantizationAwareTraining(pl.Callback):
             release_scales(pl_module)
             warn_of_teachers(trainer, pl_module)
         elif trainer.strategy.restore_checkpoint_after_setup:
-            hold_scales(pl_module)  # the Trainer may still have a fit's optimizers, which it restores, too
+            hold_scales(pl_module)  # the Trainer may still have a fit's optimizers, and restores them, too
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the updates of the scales."""
+        """Set up the updates of the scales."""
         check_layers(pl_module, self.config)
         self._choose_kernels(pl_module)
         self._scale_updates = ScaleUpdates(list(trainer.optimizers), pl_module, self.scale_learning_rate)
@@ -179,7 +182,7 @@ class QuantizationAwareTraining(pl.Callback):
             self._saved_scale_updates = None
         self._make_room_for_scales(trainer, pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
-            hold_scales(pl_module)  # no optimizer is to be asked for their state while states are restored
+            hold_scales(pl_module)  # no optimizer must be asked for the scales' state during a restore
 
     def _choose_kernels(self, pl_module: pl.LightningModule) -> None:
         problem = why_nothing_compiles(pl_module.device) if self.fused else None
@@ -192,14 +195,14 @@ class QuantizationAwareTraining(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Look for NaN while there is a run to end."""
+        """Check the scales for NaN if a fit is running."""
         if trainer.state.fn == "fit" and trainer.state.status == TrainerStatus.RUNNING:
             self._check_scales(trainer, pl_module)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note a checkpoint from before quantization, whose optimizers know no scales."""
+        """Note a checkpoint in full precision, whose optimizers have no scales; load sharded oscillation histories."""
         if trainer.state.fn == "fit" and self.state_key not in checkpoint["callbacks"]:
             rank_zero_info(
                 "The checkpoint is one of full precision: quantization-aware training begins from it, at step "
@@ -223,17 +226,17 @@ class QuantizationAwareTraining(pl.Callback):
             ]
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Drop ranges from before weights in full precision were loaded."""
+        """Reset ranges that were set before weights in full precision were loaded."""
         _begin_anew_where_stale(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hook the optimizers, and initialise the ranges, unless a checkpoint brought them."""
+        """Register hooks on the optimizers, and initialise the ranges, unless a checkpoint contained them."""
         assert self._scale_updates is not None
         self._checked = False
         self.step_hooks.attach(trainer, scale_parameters(pl_module))
         self.step_hooks.add(self, partial(self.on_before_optimizer_step, trainer, pl_module), self._after_step)
         release_scales(pl_module)
-        # made in the module's own on_fit_start, after ours; but for a loss network there
+        # layers from the module's own on_fit_start, which runs after ours; a frozen loss network there is allowed
         late = unquantized_layers(pl_module, self.config)
         refuse_late_layers([n for n in late if any(p.requires_grad for p in pl_module.get_submodule(n).parameters())])
         _begin_anew_where_stale(pl_module)
@@ -257,7 +260,7 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Say so if layers have been made since training began."""
+        """Warn about layers that were created after training began."""
         if batch_idx == 0:
             late = set(unquantized_layers(pl_module, self.config)) - self._late
             self._late |= late
@@ -266,7 +269,7 @@ class QuantizationAwareTraining(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Take the scales' gradients out: the user's optimizer is not to move or clip by them."""
+        """Set the scales' gradients aside, so that the user's optimizer does not move scales or clip by their norm."""
         new = self.step_hooks.begin(self, optimizer)
         assert self._scale_updates is not None
         if new:
@@ -280,7 +283,7 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look for NaN, at the first step and at those that log; under manual optimization, initialise the ranges."""
+        """Check scales for NaN at the first step and at logging steps; set ranges that come from training steps."""
         first_step = trainer.global_step > 0 and not self._checked
         if first_step or is_log_step(trainer):
             self._check_scales(trainer, pl_module)
@@ -289,15 +292,15 @@ class QuantizationAwareTraining(pl.Callback):
             self._finish_watching(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look for NaN; under manual optimization, an epoch shorter than ``calibration_batches`` has to do."""
+        """Check scales for NaN; set ranges that come from training steps, also after a short epoch."""
         self._check_scales(trainer, pl_module)
         self._finish_watching(pl_module)
 
     def _check_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop at NaN before it is evaluated, saved or counted: its integers would look like weights that have settled.
+        """Raise before NaN is evaluated, saved or counted: its integers would look like weights that have settled.
 
         Raises:
-            MisconfigurationException: If a scale is not finite, which a loss that was NaN leaves behind in all of them.
+            MisconfigurationException: If a scale is not finite. After a NaN loss, none of the scales is.
         """
         scales = [whole(s).detach().isfinite().all() for s in scale_parameters(pl_module)]
         if scales and not bool(torch.stack(scales).all()):
@@ -315,10 +318,10 @@ class QuantizationAwareTraining(pl.Callback):
             self._show_plan(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if the evaluation is one in full precision; in fit, look for NaN.
+        """Warn if the evaluation runs in full precision; in fit, check bits, and check scales for NaN.
 
-        Under manual optimization, ranges are to come from training batches: those before the first validation have to
-        do.
+        Ranges that come from training steps are set now, even if there were fewer than ``calibration_batches`` batches
+        before the first validation.
         """
         if trainer.state.fn != "fit":
             self._before_evaluation(pl_module)
@@ -329,21 +332,21 @@ class QuantizationAwareTraining(pl.Callback):
             self._say_if_uncalibrated(pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at what was loaded, and say so if the evaluation is one in full precision."""
+        """Check the state that was loaded, and warn if the evaluation runs in full precision."""
         self._before_evaluation(pl_module)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at what was loaded, and say so if the predictions are made in full precision."""
+        """Check the state that was loaded, and warn if the predictions are made in full precision."""
         self._before_evaluation(pl_module)
 
     def _before_evaluation(self, pl_module: pl.LightningModule) -> None:
-        """Drop ranges from before weights in full precision were loaded, and refuse weights of another quantization."""
+        """Reset stale ranges, refuse weights of another quantization, and warn if there are no ranges."""
         _begin_anew_where_stale(pl_module)
         self._check_bits(pl_module)
         self._say_if_uncalibrated(pl_module)
 
     def _check_bits(self, pl_module: pl.LightningModule) -> None:
-        # a weights-only checkpoint brings bits, but not this callback's state, which would tell
+        # a weights-only checkpoint has bits, but not this callback's state, in which load_state_dict would find them
         differences = bits_differences(pl_module, self.config)
         if differences:
             raise MisconfigurationException(
@@ -357,31 +360,31 @@ class QuantizationAwareTraining(pl.Callback):
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say why nothing is quantized, if nothing is."""
+        """Raise or warn if no quantizer has a range after fit."""
         if not any(q.calibrated for q in quantizers(pl_module)):
             say_why_there_are_no_ranges(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the optimizers. Weights that were exchanged within a run were its own affair."""
-        if stage == "fit":  # and no evaluation by another Trainer inside of one
+        """Remove the hooks, and clear the ``stale`` flags: weights exchanged within a run keep their ranges."""
+        if stage == "fit":  # not an evaluation by another Trainer inside a fit
             self._end_fit(pl_module)
         _forget_what_was_loaded(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizers and of the layers."""
+        """Remove the hooks on optimizers and layers, and clear the ``stale`` flags."""
         if trainer.state.fn == "fit":
             self._end_fit(pl_module)
         _forget_what_was_loaded(pl_module)
 
     def _end_fit(self, pl_module: pl.LightningModule) -> None:
-        hold_scales(pl_module)  # a fit without this callback would move them like any parameter
+        hold_scales(pl_module)  # a fit without this callback would move scales like any parameter
         self.step_hooks.detach()
         if self._watched is not None:
             self._watched.close()
             self._watched = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The configuration, and the state of the scales' Adam. The ranges are in the module's state."""
+        """Return the configuration and the states of the scales' Adam optimizers. The module's state has the ranges."""
         updates = self._scale_updates
         return {
             "config": self.config.to_dict(),
@@ -389,10 +392,10 @@ class QuantizationAwareTraining(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the scales' Adam, if the checkpoint is one of the same configuration.
+        """Restore the scales' Adam optimizers, if the checkpoint has the same configuration.
 
         Raises:
-            ValueError: If it is not; the message says what differs.
+            ValueError: If the configuration differs; the message says how.
         """
         differences = config_differences(state_dict["config"], self.config.to_dict())
         if differences:
@@ -404,14 +407,14 @@ class QuantizationAwareTraining(pl.Callback):
 
 
 def _begin_anew_where_stale(module: pl.LightningModule) -> None:
-    """Drop ranges that weights in full precision, loaded since, have made stale."""
+    """Reset ranges that are stale, because their layer's weights have since been loaded in full precision or reset."""
     for quantizer in quantizers(module):
         if quantizer.stale:
             quantizer.begin_anew()
 
 
 def _forget_what_was_loaded(module: pl.LightningModule) -> None:
-    """Take weights that were exchanged within a run, which is over, for its own."""
+    """Clear the ``stale`` flags at the end of a run: weights that were exchanged within it keep their ranges."""
     for quantizer in quantizers(module):
         quantizer.stale = False
 

@@ -1,4 +1,4 @@
-"""From a trained model to integers that run: what it computes, and the files that hold it."""
+"""Export of trained quantized models: their integers, plain converted models, and files in several formats."""
 
 from lightning_qat_osc.export.convert import IntegerModel, QuantizeInputs, convert, integer_model
 from lightning_qat_osc.export.formats import ExportFormat, export_model

@@ -1,4 +1,4 @@
-"""Two models side by side: the outputs of each layer on the same data, and how far they are apart."""
+"""Comparison of two models: the outputs of each layer on the same data, and how much they differ."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lightning_qat_osc.metrics import SQNR
 __all__ = ["OUTPUT", "Difference", "difference", "float_model", "layer_outputs"]
 
 OUTPUT = "(output)"
-"""What the output of the model itself is called among those of its layers."""
+"""Key of the output of the model itself, next to the names of its layers."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two outputs are apart.
+    """How much two outputs differ.
 
     Attributes:
         largest: Largest absolute difference.
-        sqnr: Signal-to-noise ratio of the second with respect to the first, in dB; infinite where they are equal.
+        sqnr: Signal-to-noise ratio of the second with respect to the first, in dB; infinite if they are equal.
     """
 
     largest: float
@@ -35,7 +35,7 @@ class Difference:
 
 
 def float_model(module: nn.Module) -> nn.Module:
-    """The latent weights of a quantized model in full precision: a copy, in evaluation mode, of the same layers."""
+    """Return a full-precision copy of a quantized model: the same layers with latent weights, in evaluation mode."""
     plain = without_quantizers(module)
     prepare_layers(plain, list(quantized_layers(module)))
     return plain
@@ -45,16 +45,16 @@ def float_model(module: nn.Module) -> nn.Module:
 def layer_outputs(
     module: nn.Module, layers: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, list[Tensor]]:
-    """The outputs of some layers of a model in one call, in the order in which it calls them, and then its own.
+    """Call a model and return the outputs of some of its layers, in the order of their calls, and then its own.
 
     Args:
         module: The model, in evaluation mode.
         layers: Names of layers. Those that are not called are left out.
-        args: Positional arguments of its forward.
-        kwargs: Keyword arguments of its forward.
+        args: Positional arguments of the model's forward.
+        kwargs: Keyword arguments of the model's forward.
 
     Returns:
-        Layer name -> its floating-point outputs, of all its calls; :data:`OUTPUT` -> those of the model.
+        Layer name -> the floating-point outputs of all its calls; :data:`OUTPUT` -> those of the model.
     """
     found: dict[str, list[Tensor]] = {}
     with ExitStack() as hooks:
@@ -81,24 +81,24 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def difference(one: list[Tensor], other: list[Tensor]) -> Difference:
-    """How far the outputs of a layer are apart.
+    """Return how much the outputs of a layer differ between two models.
 
     Args:
-        one: Its outputs in one model.
-        other: Its outputs in another.
+        one: Outputs of the layer in one model.
+        other: Outputs of the layer in the other model.
 
     Raises:
-        ValueError: If their numbers or shapes differ.
+        ValueError: If the number of outputs or their shapes differ.
     """
     shapes = [[list(x.shape) for x in outputs] for outputs in (one, other)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"outputs must have the same shapes to be compared, got {shapes[0]} and {shapes[1]}")
     noise, distances = SQNR(), [0.0]
     for a, b in zip(one, other):
-        equal = a.isinf() & (a == b)  # as in masked scores: whose difference is no number
+        equal = a.isinf() & (a == b)  # equal infinities, as in masked scores: their difference is NaN
         a, b = a.masked_fill(equal, 0.0), b.masked_fill(equal, 0.0)
         noise.update(a, b)
         if a.numel():
             distances.append((a - b).abs().max().item())
-    largest = torch.tensor(distances, dtype=torch.float64).max().item()  # NaN if one is, unlike Python's
+    largest = torch.tensor(distances, dtype=torch.float64).max().item()  # propagates NaN, unlike Python's max
     return Difference(largest, noise.compute().item())

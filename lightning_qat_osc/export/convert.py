@@ -1,4 +1,4 @@
-"""The plain model behind a quantized one: its own classes and keys, with weights that lie on their grid."""
+"""Conversion of a quantized model to a plain one with the original classes and keys, and weights on their grid."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True, eq=False)
 class QuantizeInputs:
-    """The forward pre-hook that quantizes and dequantizes a layer's inputs, with the arithmetic of fake quantization.
+    """A forward pre-hook that quantizes and dequantizes a layer's inputs, with the arithmetic of fake quantization.
 
-    It holds plain numbers and pickles with its layer. Exporters look for it in ``layer._forward_pre_hooks`` and put
-    a subclass with their own operators in its place.
+    It holds only plain numbers and is pickled with its layer. Exporters look for it in ``layer._forward_pre_hooks`` and
+    replace it with a subclass that uses their own operators.
 
     Attributes:
-        grids: Name of an argument of the layer's forward -> its grid, None for full precision, in their order.
+        grids: Name of an argument of the layer's forward -> its grid, or None for full precision, in argument order.
     """
 
     grids: dict[str, InputGrid | None]
@@ -53,7 +53,7 @@ class QuantizeInputs:
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Replace the arguments."""
+        """Return the arguments of the call with quantized inputs."""
 
         def quantize(argument: str, x: Tensor) -> Tensor:
             grid = self.grids[argument]
@@ -62,26 +62,26 @@ class QuantizeInputs:
         return with_quantized_arguments(self.grids, quantize, args, kwargs)
 
     def quantize(self, x: Tensor, grid: InputGrid) -> Tensor:
-        """Quantize and dequantize. Exporters override it with their own operators."""
-        # a tensor: CUDA divides by a number by multiplying with its reciprocal
+        """Quantize and dequantize a tensor. Exporters override this with their own operators."""
+        # a tensor, because CUDA divides by a Python number by multiplying with its reciprocal
         scale = torch.full((1,), grid.scale, dtype=grid.dtype, device=x.device)
         n, p = grid.quant_min - grid.zero_point, grid.quant_max - grid.zero_point
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         if isinstance(x, Tensor) and x.requires_grad and not traced:
-            return fake_quantize(x, scale, n, p)  # straight through: rounding has no gradient
+            return fake_quantize(x, scale, n, p)  # straight-through estimator: rounding has no gradient
         return ((x / scale).round().clamp(n, p) * scale).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class IntegerModel:
-    """A converted model, and the integers that it is made of.
+    """A converted model, and the integers of its weights.
 
     Attributes:
         module: What :func:`convert` returns.
-        weights: Key of a parameter in the module's state_dict -> its integers; shared weights are one object under each
-            of their names. Where batch norm was folded in, these are the scales and integers that it left.
+        weights: Key of a parameter in the module's state_dict -> its integers; a shared weight is one object under each
+            of its names. Where a batch norm was folded in, these are the scales and integers after folding.
         layers: Names of the layers that had quantizers.
-        folding: What became of its batch norms.
+        folding: Which batch norms were folded, and why the others were not.
     """
 
     module: nn.Module
@@ -91,42 +91,42 @@ class IntegerModel:
 
 
 def convert(module: Module, *, fold_batch_norm: bool = False) -> Module:
-    """The plain model that a quantized one computes: no quantizers, weights at ``scale * integer``.
+    """Convert a quantized model to a plain one: no quantizers, weights at ``scale * integer``.
 
-    A deep copy in evaluation mode. Each layer has its own class back, and the state_dict has the keys of the float
-    model. Where only weights are quantized nothing of this package remains, and outputs equal the quantized model's to
-    the bit. Where inputs are, the layer has one :class:`QuantizeInputs` among its forward pre-hooks, with the same
-    arithmetic, so outputs are equal there too.
+    The result is a deep copy in evaluation mode. Each layer has its original class again, and the state_dict has the
+    keys of the float model. If only weights are quantized, nothing of this package remains, and outputs equal the
+    quantized model's bit for bit. A layer with quantized inputs has one :class:`QuantizeInputs` among its forward
+    pre-hooks, with the same arithmetic, so its outputs are equal, too.
 
-    MultiheadAttention keeps the subclass that calls its output projection: torch's own forward reads past that, and
-    takes a fused path in evaluation that rounds otherwise. For the same reason TransformerEncoderLayer stays on its
-    unfused path (``activation_relu_or_gelu`` is 0). A weight that its layer computed from other parameters
-    (a parametrization, weight or spectral norm, pruning) is a plain parameter afterwards.
+    MultiheadAttention keeps the subclass that calls its output projection: torch's own forward reads the weight of the
+    projection without calling it, and takes a fused path in evaluation that rounds differently. For the same reason,
+    TransformerEncoderLayer stays on its unfused path (``activation_relu_or_gelu`` is 0). A weight that its layer
+    computed from other parameters (a parametrization, weight or spectral norm, pruning) becomes a plain parameter.
 
     Args:
-        module: A model with quantizers, trained or loaded from a checkpoint. It is left as it is.
-        fold_batch_norm: Fold batch norms into the layers before them, where a trace of the model shows that this
-            changes nothing but rounding (:func:`~lightning_qat_osc.export.folding.fold_batch_norm`).
+        module: A model with quantizers, trained or loaded from a checkpoint. It is not changed.
+        fold_batch_norm: Fold batch norms into the layers before them where a trace of the model shows that this
+            changes only rounding (:func:`~lightning_qat_osc.export.folding.fold_batch_norm`).
 
     Returns:
         The converted copy, of the same class.
 
     Raises:
-        TypeError: If ``module`` is no module.
+        TypeError: If ``module`` is not a module.
         ValueError: If nothing in the module is quantized.
 
     Warns:
-        UserWarning: Of each batch norm that stays although it was to be folded, with the reason; of a weight that
-            calibration in this process has seen read outside of its layer.
+        UserWarning: For each batch norm that was to be folded and cannot be, with the reason; for each weight that is
+            also read outside of its layer, if calibration in this process observed that.
     """
     return cast(Module, integer_model(module, fold_batch_norm=fold_batch_norm).module)
 
 
 def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> IntegerModel:
-    """:func:`convert`, with the integers: for exporters.
+    """Do the work of :func:`convert`, and return the integers, too, for exporters.
 
     Args:
-        module: A model with quantizers. It is left as it is.
+        module: A model with quantizers. It is not changed.
         fold_batch_norm: As for :func:`convert`.
 
     Returns:
@@ -137,7 +137,7 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
         ValueError: As :func:`convert`.
 
     Warns:
-        UserWarning: As :func:`convert`, of the line that called the caller.
+        UserWarning: As :func:`convert`. The warning points to the line that called the caller of this function.
     """
     check_module("module", module)
     weights, inputs = integer_weights(module), input_grids(module)
@@ -171,7 +171,7 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
 
 
 def without_quantizers(module: Module) -> Module:
-    """A deep copy in evaluation mode in which every layer has its own class back, with its latent weights."""
+    """Return a deep copy in evaluation mode in which every layer has its original class and its latent weights."""
     plain = copied(module).eval()
     layers = set(layers_by_every_name(plain).values())
     for layer in layers:
@@ -184,7 +184,7 @@ def without_quantizers(module: Module) -> Module:
 
 
 def prepare_layers(module: nn.Module, names: Iterable[str]) -> None:
-    """Let the layers of a float model compute as the quantized ones did, in place.
+    """Make the layers of a float model compute as the quantized ones did, in place.
 
     Args:
         module: A model without quantizers.
@@ -199,10 +199,10 @@ def prepare_layers(module: nn.Module, names: Iterable[str]) -> None:
 
 @torch.no_grad()
 def set_weights(module: nn.Module, weights: Mapping[str, IntegerWeight]) -> None:
-    """Give the layers of a float model their weights from the grid, in place.
+    """Replace weights of a float model with their values on the grid, in place.
 
-    They are new parameters: what else in the model reads a latent weight that only some of its layers quantize keeps
-    that one.
+    The values are new parameters. If only some of the layers that share a latent weight quantize it, the others keep
+    the latent weight.
 
     Args:
         module: A model without quantizers.
@@ -223,9 +223,9 @@ def set_weights(module: nn.Module, weights: Mapping[str, IntegerWeight]) -> None
 
 
 def _make_permanent(layer: nn.Module, parameter: str) -> None:
-    """Turn a weight that a layer computes from other parameters into one of its own."""
+    """Turn a weight that a layer computes from other parameters into a parameter of the layer."""
     if parametrize.is_parametrized(layer, parameter):
-        # not remove_parametrizations: it takes the property from a class that the copied layer shares
+        # not remove_parametrizations: it deletes the property from a class that the original layer shares
         assert isinstance(layer.parametrizations, nn.ModuleDict)
         values = {key: getattr(layer, key) for key in layer.parametrizations}
         own_class = parametrize.type_before_parametrizations(layer)
@@ -239,7 +239,7 @@ def _make_permanent(layer: nn.Module, parameter: str) -> None:
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(layer, parameter)
             for handle, loading in list(layer._load_state_dict_pre_hooks.items()):
-                # torch wraps this hook when it is registered, and does not know it again when it removes it
+                # torch wraps this hook when it registers it, and does not recognize it when it removes it
                 if isinstance(getattr(loading, "hook", loading), SpectralNormLoadStateDictPreHook):
                     del layer._load_state_dict_pre_hooks[handle]
         else:
@@ -247,15 +247,15 @@ def _make_permanent(layer: nn.Module, parameter: str) -> None:
 
 
 def quantize_inputs(module: nn.Module, inputs: Mapping[str, dict[str, InputGrid | None]]) -> None:
-    """Let the layers of a float model quantize their inputs, in place.
+    """Make the layers of a float model quantize their inputs, in place.
 
     Args:
         module: A model without quantizers.
-        inputs: Layer name -> argument of its forward -> grid, or None for full precision.
+        inputs: Layer name -> name of an argument of its forward -> grid, or None for full precision.
     """
     done: set[nn.Module] = set()
     for name, grids in inputs.items():
         layer = module.get_submodule(name)
-        if layer not in done:  # it may have several names
+        if layer not in done:  # a layer may have several names
             layer.register_forward_pre_hook(QuantizeInputs(grids), with_kwargs=True)
             done.add(layer)

@@ -13,18 +13,18 @@ _PACKAGES = {
     "onnx": ("onnx", "onnx_ir", "onnxscript", "ml_dtypes"),
     "torchao": ("torchao",),
 }
-_TORCH = {"onnx": "2.9", "torchao": "2.10"}  # what torch exports can be trusted from, what torchao 0.18 imports in
+_TORCH = {"onnx": "2.9", "torchao": "2.10"}  # first with reliable exports; first that torchao 0.18 imports in
 
 
 def require_extra(extra: str, what: str) -> None:
-    """Insist on the packages of one of the project's extras, and on a torch that is new enough for it.
+    """Check that the packages of one of the project's extras are installed, and that torch is new enough for it.
 
     Args:
         extra: Name of the extra.
-        what: What needs it, for the message.
+        what: What needs the extra, for the error message.
 
     Raises:
-        ImportError: If a package is missing, with the extra to install, or torch is too old.
+        ImportError: If a package is missing (the message names the extra to install), or torch is too old.
     """
     missing = [package for package in _PACKAGES[extra] if find_spec(package) is None]
     if missing:

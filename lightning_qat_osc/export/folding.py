@@ -1,4 +1,4 @@
-"""Batch norm folded into the layer before it: the integers stay, the scales become one for each channel."""
+"""Folding of batch norms into the layers before them: integers stay, scales become one per channel."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ _MUTABLE = (dict, OrderedDict, defaultdict, list, deque, set)
 
 
 class CannotFoldError(Exception):
-    """Why a batch norm stays."""
+    """Raised if a batch norm cannot be folded, with the reason."""
 
 
 @dataclass(frozen=True)
 class Folding:
-    """What became of a model's batch norms.
+    """The batch norms of a model that were folded, and those that were not.
 
     Attributes:
-        into: Name of a batch norm -> the layer that it went into.
-        kept: Name of a batch norm -> why it stays.
+        into: Name of a folded batch norm -> name of the layer that it was folded into.
+        kept: Name of a batch norm that was not folded -> the reason.
     """
 
     into: dict[str, str] = field(default_factory=dict)
@@ -68,24 +68,25 @@ def fold_batch_norm(
         w' = a \, s z = (|a| s) \, (\mathrm{sign}(a) z), \qquad
         b' = \beta + a \, (b - \mu)
 
-    The integers z stay, and the scale s becomes :math:`|a| s`, one for each channel, computed in double precision and
-    rounded once. Scales are positive, so a channel with a negative :math:`\gamma` has its integers negated. The grid
-    has no :math:`-q_{min}`: a batch norm with a negative :math:`\gamma` in a channel that uses :math:`q_{min}` stays.
-    A channel with :math:`\gamma = 0` gets integers of 0 and keeps its scale.
+    The integers z stay, and the scale s becomes :math:`|a| s`, one per channel, computed in double precision and
+    rounded once. Scales are positive, so the integers of a channel with a negative :math:`\gamma` are negated. The grid
+    has no :math:`-q_{min}`, so a batch norm with a negative :math:`\gamma` in a channel that uses :math:`q_{min}`
+    is not folded. A channel with :math:`\gamma = 0` gets integers of 0 and keeps its scale.
 
-    A batch norm is folded where graphs of the model in evaluation mode show that it takes the output of one
-    convolution, transposed convolution or linear layer, that nothing else takes or keeps it, and that both are called
-    once. There are two graphs, of a call with every argument and of one with all defaults, for a forward may ask what
-    is None. A module that ``torch.fx`` cannot trace is searched child by child, each taken to be called as a whole. As
-    in ``torch.nn.utils.fusion``, the batch norm's dimension of channels is taken to be that of the layer's features.
+    A batch norm is folded if graphs of the model in evaluation mode show that its input is the output of one
+    convolution, transposed convolution or linear layer, that nothing else uses or stores this output, and that the
+    batch norm and the layer are each called once. Two graphs must agree, one of a call with every argument given and
+    one with all defaults, because a forward may check which arguments are None. If ``torch.fx`` cannot trace a module,
+    its children are traced one by one, assuming that each is called as a whole. As in ``torch.nn.utils.fusion``, the
+    channel dimension of the batch norm is assumed to be that of the layer's output features.
 
     Args:
-        module: A converted model in evaluation mode. Its batch norms become ``nn.Identity``, and the layers before them
-            have a bias. Full-precision weights are folded, too; quantized ones are the caller's to set.
+        module: A converted model in evaluation mode. Folded batch norms become ``nn.Identity``, and the layers before
+            them get a bias. Full-precision weights are changed, too; quantized ones are left for the caller to set.
         weights: Key of a parameter -> its integers.
 
     Returns:
-        The integers of all quantized weights, and what became of each batch norm.
+        The integers of all quantized weights after folding, and which batch norms were folded.
     """
     weights, folding = dict(weights), Folding()
     graphs, graphs_of_defaults = _Graphs(module), _Graphs(module, defaults=True)
@@ -116,21 +117,21 @@ def fold_batch_norm(
 
 
 def remove_batch_norm(module: nn.Module, norm_name: str, layer_name: str) -> None:
-    """Make room for a folded batch norm: it becomes ``nn.Identity``, and the layer before it has a bias of its own.
+    """Replace a folded batch norm with ``nn.Identity``, and give the layer before it a new bias of zeros.
 
     Args:
-        module: The model, which is changed.
+        module: The model, which is changed in place.
         norm_name: Name of the batch norm.
         layer_name: Name of the layer.
 
     Raises:
-        CannotFoldError: If what has the batch norm's name is none.
+        CannotFoldError: If the module of that name is not a batch norm.
     """
     norm, layer = module.get_submodule(norm_name), module.get_submodule(layer_name)
     if not isinstance(norm, _BatchNorm):
         raise CannotFoldError(f"'{norm_name}', folded into '{layer_name}', is no batch norm, but {type(norm).__name__}")
     for parent in list(module.modules()):
-        for child_name, child in list(parent._modules.items()):  # under each of its names
+        for child_name, child in list(parent._modules.items()):  # it may have several names
             if child is norm:
                 setattr(parent, child_name, nn.Identity())
     weight, bias = layer.get_parameter("weight"), layer._parameters.get("bias")
@@ -141,21 +142,21 @@ def remove_batch_norm(module: nn.Module, norm_name: str, layer_name: str) -> Non
 def affine(
     bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """What a batch norm in evaluation mode makes of the layer before it.
+    """Return the factor and bias that a layer gets from the batch norm after it, in evaluation mode.
 
     Args:
-        bias: That layer's, [C], or None.
+        bias: Bias of the layer, [C], or None.
         gamma: Weight of the batch norm, [C], or None.
-        beta: Its bias, [C], or None.
-        mean: Its running mean, [C].
-        variance: Its running variance, [C].
-        epsilon: What it adds to the variance.
+        beta: Bias of the batch norm, [C], or None.
+        mean: Running mean of the batch norm, [C].
+        variance: Running variance of the batch norm, [C].
+        epsilon: Constant that the batch norm adds to the variance.
 
     Returns:
-        What the layer's output without a bias is multiplied with, and its new bias, each [C] in double precision.
+        The factor on the layer's output without bias, and the layer's new bias, each [C] in double precision.
 
     Raises:
-        CannotFoldError: If one of them is not finite.
+        CannotFoldError: If the factor or the bias is not finite.
     """
     factor = (variance.double() + epsilon).rsqrt()
     if gamma is not None:
@@ -168,20 +169,20 @@ def affine(
 
 
 def scaled_channels(weight: IntegerWeight, factor: Tensor, axis: int) -> IntegerWeight:
-    """An integer weight times a factor for each channel: the factors go into the scales, their signs to the integers.
+    """Multiply an integer weight by a factor per channel: magnitudes go into the scales, signs into the integers.
 
     Args:
-        weight: The weight, with one scale or one for each channel.
+        weight: The weight, with a single scale or one per channel.
         factor: The factors, [C], in double precision.
-        axis: The weight's dimension of channels.
+        axis: The weight's channel dimension.
 
     Raises:
-        CannotFoldError: If a factor is negative where an integer has no opposite on the grid.
+        CannotFoldError: If a factor is negative in a channel with an integer whose negative is not on the grid.
     """
     shape = _channels_at(axis, weight.values.dim())
     scale = weight.scale.double().broadcast_to([len(factor) if size == -1 else 1 for size in shape])
     scaled = (scale * factor.abs().view(shape)).to(weight.scale.dtype)
-    gone = scaled < torch.finfo(scaled.dtype).tiny  # gamma is 0, or no scale of this dtype is as small
+    gone = scaled < torch.finfo(scaled.dtype).tiny  # gamma is 0, or the scale underflows
     integers = weight.values.to(torch.int16)
     integers = torch.where(factor.view(shape) < 0, -integers, integers).masked_fill(gone, 0)
     outside = (integers > weight.quant_max).movedim(axis, 0).flatten(1).any(dim=1)
@@ -208,7 +209,7 @@ def _channels_at(axis: int, dims: int) -> list[int]:
 
 
 class _LayerTracer(fx.Tracer):
-    """Batch norms and layers of known kinds are leaves, whatever package their class comes from."""
+    """A tracer whose leaves include batch norms and layers of known kinds, regardless of the package of their class."""
 
     proxy_buffer_attributes = True
 
@@ -221,9 +222,9 @@ class _LayerTracer(fx.Tracer):
         return proxy
 
     def kept(self) -> set[fx.Node]:
-        """The nodes whose outputs outlive the forward: in an attribute, in a list, with a hook."""
+        """Return the nodes whose outputs outlive the forward: in an attribute, in a list or in a hook."""
         if self._proxies:
-            gc.collect()  # a proxy that was unpacked or asked for its truth is in a cycle with the forward's frame
+            gc.collect()  # unpacking a proxy or converting it to bool creates a cycle with the forward's frame
         return set(self._proxies)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -232,30 +233,30 @@ class _LayerTracer(fx.Tracer):
 
 
 def _trace(module: nn.Module, defaults: bool) -> tuple[fx.Graph, set[fx.Node]]:
-    """The graph of a module's forward, and the nodes whose outputs it leaves somewhere.
+    """Return the graph of a module's forward, and the nodes whose outputs outlive the forward.
 
     Args:
         module: The module.
-        defaults: Whether an argument that has a default is that, or is given like the others: a proxy is not None.
+        defaults: Whether arguments with a default keep it. Otherwise they are proxies like the others, never None.
     """
     arguments = inspect.signature(type(module).forward).parameters if defaults else {}
     tracer = _LayerTracer()
     with _as_it_was(module), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of code that runs on no data
+        warnings.simplefilter("ignore")  # the forward runs on proxies
         graph = tracer.trace(module, {key: a.default for key, a in arguments.items() if a.default is not a.empty})
         return graph, tracer.kept()
 
 
 class _Graphs:
-    """The graphs of a model, and what they say of its batch norms.
+    """The graphs of a model, and the layers that its batch norms can be folded into.
 
     Args:
         module: The model.
-        defaults: Whether modules are called with the defaults of their arguments.
+        defaults: Whether arguments of modules keep their defaults.
 
     Attributes:
-        norms: The batch norms by name.
-        names: A submodule -> all its names.
+        norms: Name -> batch norm.
+        names: Submodule -> all its names.
     """
 
     def __init__(self, module: nn.Module, *, defaults: bool = False) -> None:
@@ -264,12 +265,12 @@ class _Graphs:
         for name, m in module.named_modules(remove_duplicate=False):
             self.names.setdefault(m, []).append(name)
         self._holders = Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
-        self._calls: dict[nn.Module, tuple[nn.Module, fx.Node]] = {}  # a batch norm -> the traced module, its call
+        self._calls: dict[nn.Module, tuple[nn.Module, fx.Node]] = {}  # module -> its traced caller, the call
         self._counts: Counter[nn.Module] = Counter()
         self._kept: set[fx.Node] = set()
         self._untraced: dict[str, str] = {}
         self._root, self._defaults = module, defaults
-        with _as_it_was(module):  # a module may change what is not below it
+        with _as_it_was(module):  # a forward may change modules that are not its children
             self._trace("", module, set())
 
     def _trace(self, name: str, module: nn.Module, seen: set[nn.Module]) -> None:
@@ -278,7 +279,7 @@ class _Graphs:
         seen.add(module)
         try:
             graph, kept = _trace(module, self._defaults)
-        except Exception as error:  # whatever a forward raises when it runs on no data
+        except Exception as error:  # a forward on proxies may raise anything
             if any(isinstance(m, _BatchNorm) for m in module.modules()):
                 self._untraced[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 for child_name, child in module.named_children():
@@ -292,10 +293,10 @@ class _Graphs:
                 self._calls[called] = module, node
 
     def layer_before(self, norm: _BatchNorm) -> tuple[str, _Foldable]:
-        """The layer that a batch norm can be folded into.
+        """Return the name of the layer that a batch norm can be folded into, and the layer.
 
         Raises:
-            CannotFoldError: If there is none, or it cannot be.
+            CannotFoldError: If there is no such layer, or folding is not possible.
         """
         if norm not in self._calls:
             raise CannotFoldError(f"no traced forward calls it{self._why_untraced(self.names[norm][0])}")
@@ -319,7 +320,7 @@ class _Graphs:
         return name, layer
 
     def _why_untraced(self, name: str) -> str:
-        """Why the module that holds another cannot be traced; nothing if it can."""
+        """Return why a module that contains the named one cannot be traced; an empty string if all can be."""
         while name:
             name = name.rpartition(".")[0]
             if name in self._untraced:
@@ -377,15 +378,15 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_affine(layer: nn.Module, defaults: bool) -> bool:
-    """Whether a layer's output is its weight applied to something, plus its bias, and no more."""
+    """Whether the layer only applies its weight to some tensor and adds its bias."""
     base = next(c for c in _FUNCTIONS if isinstance(layer, c))
     if all(getattr(type(layer), key, None) is getattr(base, key, None) for key in ("forward", "_conv_forward")):
         return True
-    twin = copy.copy(layer)  # with a bias, as it will have one
+    twin = copy.copy(layer)  # with a bias, since it has one after folding
     twin._parameters = {**layer._parameters, "bias": nn.Parameter(torch.zeros(1))}
     try:
         graph, kept = _trace(twin, defaults)
-    except Exception:  # it may look at its input
+    except Exception:  # the forward may depend on the values of its input
         return False
     (output,) = (node for node in graph.nodes if node.op == "output")
     call = output.args[0]
@@ -403,7 +404,7 @@ def _is_affine(layer: nn.Module, defaults: bool) -> bool:
 
 @contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Put back what a forward sets, or changes in place, and what holds proxies after it was traced."""
+    """Restore what a traced forward sets or changes in place, so that no proxies remain."""
     before: dict[int, tuple[Any, Any]] = {}
     for m in module.modules():
         _remember(vars(m), before)
@@ -416,7 +417,7 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 def _remember(value: Any, before: dict[int, tuple[Any, Any]]) -> None:
-    """Copy the contents of a container and of those in it. Other classes, which may refuse a change, are left alone."""
+    """Save the contents of nested containers. Other classes, which may not allow changes, are left alone."""
     if id(value) in before or type(value) not in (*_MUTABLE, tuple):
         return
     if type(value) is not tuple:

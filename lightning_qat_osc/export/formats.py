@@ -1,4 +1,4 @@
-"""The formats that a quantized model is exported to, by name."""
+"""Export of a quantized model to a file in a format chosen by name."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lightning_qat_osc.files import written_whole
 __all__ = ["ExportFormat", "SUFFIXES", "export_model", "require_packages"]
 
 ExportFormat = Literal["packed", "onnx", "torch"]
-"""``packed``: safetensors with b bits a weight, for :func:`~lightning_qat_osc.export.load_packed`. ``onnx``: ONNX with
-QuantizeLinear and DequantizeLinear. ``torch``: a ``torch.export`` program with integer weights, which runs without the
-model's class."""
+"""``packed``: safetensors with b bits per weight, read by :func:`~lightning_qat_osc.export.load_packed`.
+``onnx``: ONNX with QuantizeLinear and DequantizeLinear. ``torch``: a ``torch.export`` program with integer weights,
+which runs without the model's class."""
 
 SUFFIXES: dict[ExportFormat, str] = {"packed": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
-"""Format -> the suffix of its files."""
+"""Format -> suffix of its files."""
 
 
 def require_packages(export_format: ExportFormat) -> None:
-    """Insist on the packages that a format needs.
+    """Check that the packages that a format needs are installed.
 
     Raises:
-        ImportError: If one is not installed; the message names the extra to install.
+        ImportError: If one is not (the message names the extra to install), or torch is too old for the format.
     """
     if export_format != "torch":
         require_extra(export_format, f"format '{export_format}'")
@@ -44,19 +44,19 @@ def export_model(
     *,
     dynamic_batch: bool = True,
 ) -> None:
-    """Write a quantized model to a file of a format.
+    """Write a quantized model to a file in a given format.
 
     Args:
-        module: A model with quantizers, trained or loaded from a checkpoint. It is left as it is.
-        path: The file. It is written beside its place, and then put there.
+        module: A model with quantizers, trained or loaded from a checkpoint. It is not changed.
+        path: The file. It is written under a temporary name in the same folder, and then renamed.
         export_format: "packed", "onnx" or "torch".
-        example_input: What the module's forward takes, for "onnx" and "torch": a tuple of positional arguments,
+        example_input: Input of the module's forward, for "onnx" and "torch": a tuple of positional arguments,
             a dictionary of keyword arguments, or one argument of any other type.
-        dynamic_batch: Leave the batch size of "onnx" and "torch" open; otherwise it is that of the example.
+        dynamic_batch: Make the batch size of "onnx" and "torch" dynamic; otherwise it is fixed to that of the example.
 
     Raises:
-        ImportError: If a package that the format needs is not installed.
-        TypeError: If ``module`` is no module, or ``path`` no path.
+        ImportError: If a package that the format needs is not installed, or torch is too old for the format.
+        TypeError: If ``module`` is not a module, or ``path`` is not a path.
         ValueError: If the format is unknown, nothing in the module is quantized, a layer cannot be exported, or
             ``example_input`` is missing.
         RuntimeError: If torch cannot export the module.

@@ -1,4 +1,4 @@
-"""The integers behind a trained model: its weights as they are stored, its inputs' grids as plain numbers."""
+"""The integers of a trained model: its weights as stored integers, and the grids of its inputs as plain numbers."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class IntegerWeight:
-    """A weight as integers and the step between them: ``scale * values``, with 0 standing for 0.0.
+    """A weight as integers and their step: ``scale * values``, where the integer 0 stands for 0.0.
 
     Attributes:
-        values: The integers, int8, of the weight's shape.
-        scale: Positive steps, broadcastable against ``values``: one, or one for each index of ``channel_axis``.
+        values: The integers, int8, in the shape of the weight.
+        scale: Positive steps, broadcastable against ``values``: a single one, or one per index of ``channel_axis``.
         bits: Width of the integers, 2 to 8.
         quant_min: Smallest integer of the grid.
         quant_max: Largest integer of the grid.
-        channel_axis: The dimension along which scales differ, or None where there is one scale.
-        dtype: That of the floating-point weight.
+        channel_axis: The dimension along which scales differ, or None if there is a single scale.
+        dtype: Dtype of the floating-point weight.
     """
 
     values: Tensor
@@ -48,7 +48,7 @@ class IntegerWeight:
     dtype: torch.dtype = torch.float32
 
     def dequantize(self) -> Tensor:
-        """The weight that the quantized layer computed with, to the bit (but that every zero is +0.0)."""
+        """Return the weight that the quantized layer computed with, bit for bit, except that every zero is +0.0."""
         wide = torch.promote_types(self.scale.dtype, self.dtype)  # as fake_quantize multiplies and rounds
         return (self.values.to(wide) * self.scale).to(self.dtype)
 
@@ -63,7 +63,7 @@ class InputGrid:
         quant_min: Smallest integer.
         quant_max: Largest integer.
         bits: Width of the integers, 2 to 8.
-        dtype: Narrowest dtype of the arithmetic.
+        dtype: Dtype of the scale, and the narrowest one that the arithmetic uses.
     """
 
     scale: float
@@ -75,7 +75,7 @@ class InputGrid:
 
 
 def layers_by_every_name(module: nn.Module) -> dict[str, QuantizedLayer]:
-    """The quantized layers of a model, one that it has under several names under each of them."""
+    """Return the quantized layers of a model by name; a layer with several names is listed under each of them."""
     found = set(quantized_layers(module).values())
     every = module.named_modules(remove_duplicate=False)
     return {name: layer for name, layer in every if isinstance(layer, QuantizedLayer) and layer in found}
@@ -83,20 +83,20 @@ def layers_by_every_name(module: nn.Module) -> dict[str, QuantizedLayer]:
 
 @torch.no_grad()
 def integer_weights(module: nn.Module) -> dict[str, IntegerWeight]:
-    """The integers of every weight that a model quantizes now.
+    """Return the integers of every weight that a model currently quantizes.
 
-    A frozen weight comes out at the integer at which it froze: its latent value lies there.
+    A frozen weight has the integer at which it was frozen, since freezing holds its latent value there.
 
     Args:
         module: A model with quantizers.
 
     Returns:
         Key of the parameter in the float model's state_dict, such as ``conv1.weight`` -> its integers. A weight that
-        layers share is there under each of its names, as one object. So is a weight that a layer computes from other
-        parameters (a parametrization, pruning), under the name by which the layer reads it.
+        layers share is one object under each of its names. A weight that a layer computes from other parameters (a
+        parametrization, pruning) is included under the name by which the layer reads it.
 
     Raises:
-        ValueError: If a weight holds NaN, or its scale is no positive number.
+        ValueError: If a weight contains NaN, or its scale is not positive and finite.
     """
     check_module("module", module)
     found: dict[tuple[WeightQuantizer, Tensor | QuantizedLayer], IntegerWeight] = {}
@@ -134,14 +134,14 @@ def _integers(name: str, weight: Tensor, quantizer: WeightQuantizer) -> IntegerW
 
 
 def input_grids(module: nn.Module) -> dict[str, dict[str, InputGrid]]:
-    """The grids of all inputs that a model quantizes now.
+    """Return the grids of all inputs that a model currently quantizes.
 
     Args:
         module: A model with quantizers.
 
     Returns:
         Layer name -> name of an argument of its forward -> grid, in the order of the arguments. Layers without
-        quantized inputs are not there.
+        quantized inputs are left out.
     """
     check_module("module", module)
     found = {
@@ -152,7 +152,7 @@ def input_grids(module: nn.Module) -> dict[str, dict[str, InputGrid]]:
 
 
 def argument_grids(layer: QuantizedLayer) -> Iterator[tuple[str, InputGrid | None]]:
-    """A layer's quantized arguments in their order, None for one that stays in full precision."""
+    """Yield the name and grid of a layer's quantizable arguments, in order; the grid is None for full precision."""
     for argument, quantizer in layer.input_quantizers().items():
         yield argument, _grid(quantizer) if quantizer.active else None
 

@@ -1,4 +1,4 @@
-"""The quantized model as an ONNX file with integer weights and QuantizeLinear / DequantizeLinear pairs."""
+"""Export of a quantized model to ONNX, with integer weights and QuantizeLinear / DequantizeLinear pairs."""
 
 from __future__ import annotations
 
@@ -26,38 +26,40 @@ def export_onnx(
     dynamic_batch: bool = True,
     fold_batch_norm: bool = True,
 ) -> None:
-    r"""Write a quantized model as ONNX, with integer weights.
+    r"""Write a quantized model to an ONNX file, with integer weights.
 
-    A weight is an integer initializer under its key in the float model, followed by DequantizeLinear with its scale or
-    scales; where inputs are quantized there are QuantizeLinear and DequantizeLinear. Weights of up to 4 bits are stored
-    as int4 and cast to int8 (runtimes cast constants when they load them, and have kernels for 8 bits), all others, and
-    all below opset 21, as int8. Inputs are uint8; where their grid is narrower than that, the integers are clipped to
-    it.
+    A weight is an integer initializer under its key in the float model, followed by a DequantizeLinear with its scale
+    or scales. Quantized inputs pass through QuantizeLinear and DequantizeLinear. Weights of up to 4 bits are stored as
+    int4 and cast to int8: runtimes cast constants when they load the file, and their kernels take 8 bits. All other
+    weights, and all weights below opset 21, are stored as int8. Inputs are uint8; if their grid is narrower than that,
+    the integers are clipped to the grid.
 
-    A QuantizeLinear stands as far up as it can without changing a result: above data movement, max pooling, and above
-    ReLU and clipping, which become limits of the integers. There ONNX Runtime finds it behind the layer whose output it
-    quantizes, and takes an integer kernel for both.
+    A QuantizeLinear is moved up, toward the input, as far as results do not change: above data movement and max
+    pooling, and above ReLU and clipping, which become limits of the integers. ONNX Runtime then finds it right after
+    the layer whose output it quantizes, and uses an integer kernel for both.
 
-    Biases are in floating point. ONNX Runtime rounds those of convolutions between quantized tensors to multiples of
-    the product of the scales of input and weight, for its integer kernel. Where that would be coarse, with
-    less than 12 bits of input and weight together, and where no integer kernel follows from it, the bias is a Sum of
-    its own, which no optimisation rounds. So it is in linear layers, whose integer kernel returns floating point.
+    Biases are in floating point. For its integer kernel, ONNX Runtime rounds the bias of a convolution between
+    quantized tensors to multiples of the product of the scales of input and weight. If these multiples are coarse
+    (input and weight have fewer than 12 bits together), or if rounding does not lead to an integer kernel, the bias is
+    added by a separate Sum, which no optimization rounds. Linear layers with a quantized input also have this Sum,
+    since their integer kernel returns floating point.
 
     Args:
-        module: A model with calibrated quantizers, in 32-bit floating point. It is left as it is.
-        path: The file to write. A file that is there is replaced as the last step.
-        example_input: What its forward takes: a tuple of positional arguments, a dictionary of keyword arguments, or
-            one argument of any other type, as with Lightning's ``example_input_array``.
-        opset_version: Version of ONNX's operators, at least 18. Below 21 there is no int4.
-        dynamic_batch: Leave the first dimension open, in every tensor in which it is as long as in the first one.
-        fold_batch_norm: Fold batch norms into the layers before them where that can be done.
+        module: A model with calibrated quantizers, in 32-bit floating point. It is not changed.
+        path: The file to write. An existing file is replaced only in the last step.
+        example_input: Input of the module's forward: a tuple of positional arguments, a dictionary of keyword
+            arguments, or one argument of any other type, as with Lightning's ``example_input_array``.
+        opset_version: Version of the ONNX operator set, at least 18. Below 21 there is no int4.
+        dynamic_batch: Make the first dimension dynamic in every input tensor in which it has the same size as in the
+            first one.
+        fold_batch_norm: Fold batch norms into the layers before them where possible.
 
     Raises:
         ImportError: If the packages of ``lightning-qat-osc[onnx]`` are not installed, or torch is older than 2.9.
-        TypeError: If ``module`` is no module, or ``path`` no path.
+        TypeError: If ``module`` is not a module, or ``path`` is not a path.
         ValueError: If nothing in the module is quantized, a layer cannot be converted, the module is not in 32-bit
-            floating point, or ``opset_version`` is below 18 or beyond what torch knows.
-        RuntimeError: If torch cannot export the module; the message has torch's reason.
+            floating point, or ``opset_version`` is below 18 or not supported by torch.
+        RuntimeError: If torch cannot export the module; the message states the reason.
     """
     require_extra("onnx", "export_onnx")
     check_module("module", module)

@@ -1,4 +1,4 @@
-"""What export_onnx does to the graph that torch translates. It imports onnx, so only :mod:`.onnx` imports it."""
+"""The changes of export_onnx to the graph translated by torch. Only :mod:`.onnx` may import this: it needs onnx."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["checked", "finish", "translations"]
 
 _quantized = torch.ops.quantized_decomposed
 _MOVES_DATA = {"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
-_COARSE = 12  # bits of input and weight together below which multiples of the product of their scales are no biases
+_COARSE = 12  # with fewer bits of input and weight together, multiples of the product of their scales are too coarse
 
 Array = np.ndarray[Any, Any]
 Grids = Mapping[str, tuple[int, int]]
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """How torch is to translate the operators of quantization."""
+    """Return the custom translations of the quantization operators for torch.onnx."""
     return {
         _quantized.quantize_per_tensor.default: _quantize,
         _quantized.dequantize_per_tensor.default: _dequantize,
@@ -39,7 +39,7 @@ def _scalar(value: float, dtype: int) -> Any:
 
 
 def _quantize(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
-    return op.QuantizeLinear(x, _scalar(scale, ir.DataType.FLOAT), _scalar(zero_point, dtype))  # saturates by itself
+    return op.QuantizeLinear(x, _scalar(scale, ir.DataType.FLOAT), _scalar(zero_point, dtype))  # saturates
 
 
 def _dequantize(
@@ -87,16 +87,16 @@ def finish(model: ir.Model, program: ExportedProgram) -> None:
             change(node)
     RemoveUnusedNodesPass()(model)
     for name, (low, high) in grids.items():
-        # torch.onnx stores equal integers once
+        # torch.onnx stores equal tensors only once, so a name may be missing
         if graph.opset_imports[""] >= 21 and low >= -8 and high <= 7 and name in graph.initializers:
             _store_as_int4(graph.initializers[name])
     _name_batch(graph)
     _name_outputs(graph, program)
-    ClearMetadataAndDocStringPass()(model)  # paths of source files
+    ClearMetadataAndDocStringPass()(model)  # they contain paths of source files
 
 
 def checked(model: ir.Model) -> bytes:
-    """The content of the file, after ONNX's own full check.
+    """Return the content of the file, after ONNX's full check.
 
     Raises:
         onnx.checker.ValidationError: If the model is not valid ONNX.
@@ -107,7 +107,7 @@ def checked(model: ir.Model) -> bytes:
 
 
 def _weight_grids(program: ExportedProgram) -> dict[str, tuple[int, int]]:
-    """Name of an initializer -> the limits of its integers, for all weights."""
+    """Return the limits of the integers of every weight, by name of its initializer."""
     names = program.graph_signature.inputs_to_buffers
     grids = {}
     for node in program.graph.nodes:
@@ -124,21 +124,21 @@ def _range(dtype: ir.DataType) -> tuple[int, int]:
 
 
 def _producer(value: ir.Value | None, kind: str) -> ir.Node | None:
-    """The node of a kind that makes a value, if one does."""
+    """Return the node that produces a value if it is of the given kind, else None."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == kind else None
 
 
 def _content(value: ir.Value | None) -> Array | None:
-    """What a value always is, or None where it depends on the input."""
+    """Return the content of a constant value, or None if the value depends on the input."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
 
 
 def _constant(graph: ir.Graph, name: str, content: Array) -> ir.Value:
-    """An initializer of this content: one that has the name, or a new one, under the name if it is free."""
+    """Return an initializer with this content: an existing one of this name, or a new one under a free name."""
     while name in graph.initializers and not np.array_equal(cast(Array, _content(graph.initializers[name])), content):
-        name += "_too"  # weights of equal integers are one initializer, and have a scale each
+        name += "_too"  # weights with equal integers share an initializer but not their scales
     if name not in graph.initializers:
         tensor = ir.tensor(content, name=name)
         value = ir.Value(name=name, shape=ir.Shape(content.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
@@ -151,12 +151,12 @@ def _integer(graph: ir.Graph, value: int, dtype: ir.DataType) -> ir.Value:
 
 
 def _insert(before: ir.Node, kind: str, inputs: list[Any], like: ir.Value, /, **attributes: Any) -> ir.Value:
-    """A new node's output, with the type and shape of a value and a name made from its, which no other has."""
+    """Insert a node and return its output, with the type and shape of ``like`` and a unique name derived from it."""
     graph, node = before.graph, ir.node(kind, inputs, attributes)
     assert graph is not None
     taken = {value.name for other in graph for value in other.outputs} | set(graph.initializers)
     name = f"{like.name}_{kind.lower()}"
-    while name in taken:  # made from the weight of a layer that is called again
+    while name in taken:  # taken if a layer is called more than once
         name += "_again"
     graph.insert_before(before, node)
     (output,) = node.outputs
@@ -165,16 +165,16 @@ def _insert(before: ir.Node, kind: str, inputs: list[Any], like: ir.Value, /, **
 
 
 def _one_scale(dequantize: ir.Node) -> None:
-    """Scales that are all the same are one: the graph of torch.export repeats a weight's scale for each channel."""
+    """Replace equal scales with a single one: the graph of torch.export repeats a weight's scale for each channel."""
     graph, integers, scales = dequantize.graph, dequantize.inputs[0], _content(dequantize.inputs[1])
     if graph is not None and integers is not None and scales is not None and scales.ndim == 1 and len(set(scales)) == 1:
-        dequantize.resize_inputs(2)  # torch 2.9 has its own translation, with a zero point of 0 for each
+        dequantize.resize_inputs(2)  # torch 2.9 uses its own translation, which adds zero points of 0
         dequantize.replace_input_with(1, _constant(graph, f"{integers.name}_scale_of_all", scales[0]))
         del dequantize.attributes["axis"]
 
 
 def _lower(dequantize: ir.Node) -> None:
-    """Dequantize below what moves data or pads with 0, next to the layer that computes."""
+    """Move a DequantizeLinear down, past nodes that move data or pad with 0, next to the layer that computes."""
     graph, integers = dequantize.graph, dequantize.inputs[0]
     assert graph is not None
     while integers is not None and integers.dtype is not None and not integers.is_initializer():
@@ -200,11 +200,11 @@ def _lower(dequantize: ir.Node) -> None:
 
 
 def _linear(product: ir.Node) -> None:
-    """A linear layer with a quantized input: MatMul with transposed integers, and the bias apart.
+    """Turn a linear layer with a quantized input into a MatMul with transposed integers, and a Sum for the bias.
 
-    ONNX Runtime would fuse MatMul and Add to a Gemm, which it computes in floating point or with a rounded bias; not so
-    MatMul and Sum. Where the input is not quantized, the weight passes through a Sum of one: ONNX Runtime would take a
-    kernel (MatMulNBits) that rounds the input to 8 bits by itself.
+    ONNX Runtime would fuse MatMul and Add into a Gemm, which it computes in floating point or with a rounded bias. It
+    does not fuse MatMul and Sum. If the input is not quantized, the weight passes through a Sum with one operand, since
+    ONNX Runtime would otherwise use a kernel (MatMulNBits) that rounds the input to 8 bits.
     """
     x, weight, *rest = product.inputs
     if _producer(x, "DequantizeLinear") is None:
@@ -213,7 +213,7 @@ def _linear(product: ir.Node) -> None:
         return
     transpose, output = _producer(weight, "Transpose"), product.outputs[0]
     if product.op_type == "Gemm":
-        given = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}  # by default
+        given = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}  # the defaults
         given |= {key: attribute.value for key, attribute in product.attributes.items()}
         if weight is None or given["alpha"] != 1.0 or given["beta"] != 1.0 or given["transA"]:
             return
@@ -236,7 +236,7 @@ def _is_dequantized(weight: ir.Value) -> bool:
 
 
 def _transposed(product: ir.Node, weight: ir.Value) -> ir.Value:
-    """A weight transposed; where it is made of integers, those are."""
+    """Return the transposed weight; for a dequantized weight, the integers are transposed before DequantizeLinear."""
     dequantize = _producer(weight, "DequantizeLinear")
     integers = weight if dequantize is None else dequantize.inputs[0]
     assert integers is not None
@@ -252,11 +252,12 @@ def _transposed(product: ir.Node, weight: ir.Value) -> ir.Value:
 
 
 def _convolution(node: ir.Node, grids: Grids) -> None:
-    """Add the bias of a convolution by itself where a runtime's int32 bias would be another.
+    """Move the bias of a convolution into a Sum where the int32 bias of ONNX Runtime would differ too much.
 
-    ONNX Runtime rounds biases to multiples of the product of the input's and the weight's scale. With 8 bits each that
-    is far below a step of the output; with few it is not. In front of a quantized output it would also quantize a
-    weight in full precision, and the bias of a transposed convolution, which it computes in floating point.
+    ONNX Runtime rounds biases to multiples of the product of the input's and the weight's scale. With 8 bits each, this
+    is far below a step of the output; with few bits it is not. If the output is quantized, ONNX Runtime would also
+    quantize a full-precision weight, and the bias of a transposed convolution, although it computes such layers in
+    floating point. These layers get a Sum even if they have no bias.
     """
     dequantize = _producer(node.inputs[0], "DequantizeLinear")
     weight = _producer(node.inputs[1], "DequantizeLinear")
@@ -285,7 +286,7 @@ def _convolution(node: ir.Node, grids: Grids) -> None:
     product = _insert(node, node.op_type, [*node.inputs[:2]], output, **node.attributes)
     if added is not None:
         term = _constant(node.graph, name, added)
-    else:  # computed, by a graph of its own
+    else:  # the bias is not a constant
         term = _insert(node, "Reshape", [bias, _constant(node.graph, f"{name}_shape", np.array(shape))], output)
         term.shape = None
     total = _insert(node, "Sum", [product, term], output)
@@ -293,17 +294,17 @@ def _convolution(node: ir.Node, grids: Grids) -> None:
 
 
 def _raise(quantize: ir.Node) -> None:
-    """Quantize as early as gives the same integers.
+    """Move a QuantizeLinear up, toward the input, as far as the integers stay the same.
 
-    What moves data commutes with quantization, and so does what picks a largest value, since scales are positive. Above
-    a ReLU or a Clip their limits become limits of the integers: rounding is monotonic.
+    Data movement commutes with quantization, and so does taking a maximum, since scales are positive. When a
+    QuantizeLinear moves above a ReLU or a Clip, their limits become limits of the integers: rounding is monotonic.
     """
     graph, integers = quantize.graph, quantize.outputs[0]
     assert graph is not None
     assert integers.dtype is not None
     low, high = _range(integers.dtype)
     consumers = integers.consumers()
-    if len(consumers) == 1 and consumers[0].op_type == "Clip":  # to a grid narrower than the type
+    if len(consumers) == 1 and consumers[0].op_type == "Clip":  # the grid is narrower than the type
         low, high = (int(cast(Array, _content(limit))) for limit in consumers[0].inputs[1:])
         consumers[0].outputs[0].replace_all_uses_with(integers)
         graph.remove(consumers[0], safe=True)
@@ -339,7 +340,7 @@ def _moves_data(node: ir.Node) -> bool:
 
 
 def _padding(node: ir.Node) -> float | None:
-    """The constant that a node pads with, if it does."""
+    """Return the constant that a node pads with, or None if it does not pad with a constant."""
     mode = node.attributes.get("mode")
     if node.op_type != "Pad" or len(node.inputs) < 3 or (mode is not None and mode.as_string() != "constant"):
         return None
@@ -348,7 +349,7 @@ def _padding(node: ir.Node) -> float | None:
 
 
 def _limits(node: ir.Node) -> tuple[float, float] | None:
-    """Between which constants a node clips, if it does."""
+    """Return the constants between which a node clips, or None if it does not."""
     if node.op_type == "Relu":
         return 0.0, float("inf")
     if node.op_type != "Clip":
@@ -363,7 +364,7 @@ def _limits(node: ir.Node) -> tuple[float, float] | None:
 
 
 def _to_integer(quantize: ir.Node, value: float) -> int:
-    """What a QuantizeLinear makes of a number."""
+    """Return the integer that a QuantizeLinear maps a number to."""
     scale, zero_point = (_content(x) for x in quantize.inputs[1:])
     dtype = quantize.outputs[0].dtype
     assert scale is not None
@@ -373,7 +374,7 @@ def _to_integer(quantize: ir.Node, value: float) -> int:
 
 
 def _clip(quantize: ir.Node, low: int, high: int) -> None:
-    """Keep integers within limits."""
+    """Clip the integers of a QuantizeLinear to limits."""
     graph, integers = quantize.graph, quantize.outputs[0]
     assert graph is not None
     assert integers.dtype is not None
@@ -386,7 +387,7 @@ def _clip(quantize: ir.Node, low: int, high: int) -> None:
 
 
 def _store_as_int4(weight: ir.Value) -> None:
-    """Two integers in a byte, and a cast to the int8 that runtimes compute with."""
+    """Store a weight as int4, two integers per byte, and cast it to the int8 that runtimes compute with."""
     assert weight.const_value is not None
     assert weight.graph is not None
     users, order = list(weight.uses()), {node: i for i, node in enumerate(weight.graph)}
@@ -400,7 +401,7 @@ def _store_as_int4(weight: ir.Value) -> None:
 
 
 def _name_batch(graph: ir.Graph) -> None:
-    """Call the open dimension ``batch``."""
+    """Name the dynamic dimension ``batch``."""
     symbols = {d.value for x in graph.inputs for d in x.shape or () if isinstance(d, ir.SymbolicDim)}
     if len(symbols) != 1:
         return
@@ -416,12 +417,12 @@ def _name_batch(graph: ir.Graph) -> None:
 
 
 def _name_outputs(graph: ir.Graph, program: ExportedProgram) -> None:
-    """Call outputs by their keys, by their places, or ``output`` where there is one."""
+    """Name outputs after their keys or positions, or ``output`` if there is only one."""
     spec = program.call_spec.out_spec
     assert spec is not None
     leaves, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(spec.num_leaves), spec))
     made: Sequence[object] = program.graph.output_node().args[0]
-    made = made[len(made) - len(leaves) :]  # behind changed buffers
+    made = made[len(made) - len(leaves) :]  # buffers that the forward changes come first
     inner = {value for node in graph for value in node.outputs} - set(graph.outputs)
     taken = {value.name for value in (*graph.inputs, *graph.initializers.values(), *inner)}
     for value, (path, _) in zip(graph.outputs, (leaf for leaf in leaves if made[leaf[1]] is not None)):

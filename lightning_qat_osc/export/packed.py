@@ -1,9 +1,9 @@
-"""A model in a file, with weights of b bits really in b bits: safetensors with a manifest.
+"""Files in which a weight of b bits takes b bits: safetensors with a manifest.
 
-A tensor of integers is one of bytes: value i in bits ``b i`` to ``b i + b - 1`` of the file's sequence of bits, least
-significant first, in two's complement. Its scales are beside it, under the parameter's key and ``.scale``. Everything
-else of the state_dict is there as it is, what has several names once. The metadata hold the manifest, in JSON, and a
-SHA-256 of it and of all tensors.
+A tensor of integers is stored as a tensor of bytes: value i takes bits ``b i`` to ``b i + b - 1`` of the tensor's bit
+sequence, least significant first, in two's complement. Its scales are stored under the parameter's key plus
+``.scale``. All other entries of the state_dict are stored unchanged, and those with several names only once. The
+metadata contain the manifest, in JSON, and a SHA-256 checksum of the manifest and all tensors.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """Integers of b bits, b bits each.
+    """Pack integers of b bits into bytes, with b bits for each.
 
     Args:
         values: Integers from ``-2^(bits-1)`` to ``2^(bits-1) - 1``, int8, of any shape.
@@ -59,7 +59,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(octets: Tensor, bits: int, shape: list[int]) -> Tensor:
-    """The integers that :func:`pack` made bytes of.
+    """Return the integers that :func:`pack` packed.
 
     Args:
         octets: Bytes, uint8, ``[ceil(bits * n / 8)]``.
@@ -67,7 +67,7 @@ def unpack(octets: Tensor, bits: int, shape: list[int]) -> Tensor:
         shape: Shape of the integers.
 
     Returns:
-        Integers, int8, of that shape.
+        Integers, int8, of shape ``shape``.
     """
     n = torch.Size(shape).numel()
     rows = torch.nn.functional.pad(octets, (0, -len(octets) % bits)).view(-1, bits).to(torch.int64)
@@ -80,17 +80,18 @@ def unpack(octets: Tensor, bits: int, shape: list[int]) -> Tensor:
 
 
 def save_packed(module: nn.Module, path: str | PathLike[str], *, fold_batch_norm: bool = False) -> None:
-    """Write a quantized model to a file in as many bits as it has: safetensors with a manifest.
+    """Write a quantized model to a safetensors file with a manifest, in which weights of b bits take b bits.
 
     Args:
-        module: A model with quantizers, trained or loaded from a checkpoint. It is left as it is.
-        path: The file, by custom ``*.safetensors``. It is written beside its place, and then put there.
+        module: A model with quantizers, trained or loaded from a checkpoint. It is not changed.
+        path: The file, usually ``*.safetensors``. It is written under a temporary name in the same folder, and then
+            renamed.
         fold_batch_norm: Fold batch norms into the layers before them, as in
             :func:`~lightning_qat_osc.export.convert`.
 
     Raises:
         ImportError: If safetensors is not installed.
-        TypeError: If ``path`` is no path, or ``module`` no module.
+        TypeError: If ``path`` is not a path, or ``module`` is not a module.
         ValueError: If nothing in the module is quantized, or a layer or a tensor of the state cannot be exported.
     """
     check_file("path", path)
@@ -132,24 +133,25 @@ def save_packed(module: nn.Module, path: str | PathLike[str], *, fold_batch_norm
             f"state_dict entry '{odd}' is of {tensors[odd].dtype}, which safetensors cannot hold"
         ) from error
     with written_whole(path) as temporary:
-        temporary.write_bytes(content)  # its own save_file hides the file from other users
+        temporary.write_bytes(content)  # safetensors' save_file makes the file unreadable for other users
 
 
 def load_packed(path: str | PathLike[str], module: Module) -> Module:
-    """The model in a file of :func:`save_packed`: what :func:`~lightning_qat_osc.export.convert` gave.
+    """Load a model from a file of :func:`save_packed`, as :func:`~lightning_qat_osc.export.convert` returns it.
 
     Args:
         path: The file.
-        module: A model of the same architecture, as its class makes it. It is left as it is.
+        module: A model of the same architecture, as its class creates it. It is not changed.
 
     Returns:
-        A copy of it in evaluation mode, with the file's weights, in the dtypes and on the devices of the module.
+        A copy of the module in evaluation mode, with the weights of the file in the module's dtypes and on its devices.
 
     Raises:
         ImportError: If safetensors is not installed.
-        FileNotFoundError: If there is no such file.
-        TypeError: If ``path`` is no path, or ``module`` no module.
-        ValueError: If the file is no packed model, is damaged, or does not fit the module, or that is converted.
+        FileNotFoundError: If the file does not exist.
+        TypeError: If ``path`` is not a path, or ``module`` is not a module.
+        ValueError: If the file is not a packed model, is damaged, has another version of the format, or does not fit
+            the module, or if the module is already converted.
     """
     check_file("path", path)
     check_module("module", module)
@@ -197,7 +199,7 @@ def load_packed(path: str | PathLike[str], module: Module) -> Module:
 
 
 def _hooks(module: nn.Module) -> dict[str, dict[str, InputGrid | None]]:
-    """Layer name -> the grids of its arguments, in their order."""
+    """Return the grids of the arguments of converted layers, by layer name and in argument order."""
     return {
         name: hook.grids
         for name, layer in module.named_modules()
@@ -240,11 +242,11 @@ def _checksum(manifest: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The manifest and the tensors of a file, if they are what was written.
+    """Return the manifest and the tensors of a file, after verifying the checksum.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no packed model, is damaged, or of a later version.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a packed model, is damaged, or has another version of the format.
     """
     require_extra("packed", "load_packed")
     import safetensors

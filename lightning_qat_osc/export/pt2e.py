@@ -1,4 +1,4 @@
-"""The quantized model as a torch.export graph with integer weights: the form that PT2E's backends take."""
+"""Export of a quantized model as a torch.export graph with integer weights, as the backends of PT2E expect it."""
 
 from __future__ import annotations
 
@@ -41,38 +41,38 @@ def export_program(
     fold_batch_norm: bool = True,
     input_dtype: torch.dtype = torch.uint8,
 ) -> ExportedProgram:
-    """Export a quantized model as a graph whose weights are integers and which says where inputs are quantized.
+    """Export a quantized model as a graph with integer weights and explicit quantization of inputs.
 
-    It computes what the fake-quantized model computes in evaluation mode. Weights are int8 tensors under the float
-    model's keys, followed by ``quantized_decomposed.dequantize_per_channel`` or, where a weight has one scale,
-    ``dequantize_per_tensor``; but in convolutions and linear layers one scale stands once for each channel, as the X86
-    lowering wants it.
-    Inputs pass through ``quantize_per_tensor`` and ``dequantize_per_tensor``, with a ``clamp`` of the integers between
-    where their grid is narrower than 8 bits. Those are the operators that ``torchao.quantization.pt2e.lowering`` and
-    ExecuTorch's backends recognise.
+    The graph computes what the fake-quantized model computes in evaluation mode. Weights are int8 tensors under the
+    float model's keys, followed by ``quantized_decomposed.dequantize_per_channel``, or ``dequantize_per_tensor`` if a
+    weight has a single scale. In convolutions and linear layers, a single scale is repeated for each channel instead,
+    as the X86 lowering requires. Inputs pass through ``quantize_per_tensor`` and ``dequantize_per_tensor``, with a
+    ``clamp`` of the integers in between if their grid is narrower than 8 bits. ``torchao.quantization.pt2e.lowering``
+    and ExecuTorch's backends recognize these operators.
 
-    ``quantize_per_tensor`` multiplies by the reciprocal of the scale where training divides, so a value within a
-    rounding error of the middle between two integers may come out at the other one.
+    ``quantize_per_tensor`` multiplies by the reciprocal of the scale, whereas training divides by the scale. A value
+    within rounding error of the midpoint between two integers may therefore be rounded to the other one.
 
     Args:
-        module: A model with calibrated quantizers, in 32-bit floating point. It is left as it is.
-        example_input: What its forward takes: a tuple of positional arguments, a dictionary of keyword arguments, or
-            one argument of any other type, as with Lightning's ``example_input_array``. (A dictionary that is one
-            argument goes into a tuple.)
-        dynamic_batch: Leave the first dimension open, in every tensor in which it is as long as in the first one.
-        fold_batch_norm: Fold batch norms into the scales and the bias of the layers before them where that can be done,
-            with the arithmetic of :func:`~lightning_qat_osc.export.folding.fold_batch_norm`: equal to float rounding.
-        input_dtype: Type of quantized inputs: ``torch.uint8``, or ``torch.int8`` with integers and zero points lower by
-            128, as ExecuTorch's XNNPACK wants them.
+        module: A model with calibrated quantizers, in 32-bit floating point. It is not changed.
+        example_input: Input of the module's forward: a tuple of positional arguments, a dictionary of keyword
+            arguments, or one argument of any other type, as with Lightning's ``example_input_array``. (To pass a
+            dictionary as a single argument, put it into a tuple.)
+        dynamic_batch: Make the first dimension dynamic in every input tensor in which it has the same size as in the
+            first one.
+        fold_batch_norm: Fold batch norms into the scales and the bias of the layers before them where possible, with
+            the arithmetic of :func:`~lightning_qat_osc.export.folding.fold_batch_norm`: equal up to float rounding.
+        input_dtype: Dtype of quantized inputs: ``torch.uint8``, or ``torch.int8`` with integers and zero points lower
+            by 128, as ExecuTorch's XNNPACK requires.
 
     Returns:
         The exported program.
 
     Raises:
-        TypeError: If ``module`` is no module.
-        ValueError: If nothing in the module is quantized, a layer cannot be converted, or the module is not in 32-bit
-            floating point.
-        RuntimeError: If torch cannot export it; the message has torch's reason.
+        TypeError: If ``module`` is not a module.
+        ValueError: If nothing in the module is quantized, a layer cannot be converted, the module is not in 32-bit
+            floating point, or ``input_dtype`` is not one of the two.
+        RuntimeError: If torch cannot export the module; the message includes torch's reason.
     """
     if input_dtype not in (torch.uint8, torch.int8):
         raise ValueError(f"input_dtype must be torch.uint8 or torch.int8, got {input_dtype}")
@@ -88,7 +88,7 @@ def export_program(
     _traceable(model.module, input_dtype)
     program = _trace(model.module, args, kwargs, shapes, type(module).__name__)
     if any(isinstance(child, fx.GraphModule) for child in program.graph_module.children()):
-        # torch.no_grad() and autocast inside of a forward are graphs in the graph
+        # inline the nested graphs of torch.no_grad() and autocast inside a forward
         program = program.run_decompositions({})
     graph_module = _unguarded(program)
     constants = _constants(graph_module)
@@ -97,24 +97,24 @@ def export_program(
     for node in graph_module.graph.find_nodes(op="get_attr"):
         if not node.users:
             graph_module.graph.erase_node(node)
-    # a module made of a dictionary holds the tensors that the graph reads, and no others
+    # built from a dictionary, the module holds only the tensors that the graph reads
     return _trace(fx.GraphModule(constants, graph_module.graph), args, kwargs, shapes, type(module).__name__)
 
 
 def register_operators() -> None:
-    """Make ``quantized_decomposed`` known, by a private module that torch's own compiler imports too: here alone."""
+    """Register ``quantized_decomposed`` by importing a private module, here only; torch's compiler imports it, too."""
     importlib.import_module("torch.ao.quantization.fx._decomposed")
 
 
 def _open_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """The arguments of a call, with two rows instead of one, and which of their dimensions are the batch."""
+    """Return the arguments of a call, with a batch of 1 doubled, and a specification of their batch dimensions."""
     leaves, tree = pytree.tree_flatten((args, kwargs))
     rows = [len(x) for x in leaves if isinstance(x, Tensor) and x.dim()]
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     batch = Dim("batch")
     for i, x in enumerate(leaves):
         if isinstance(x, Tensor) and x.dim() and len(x) == rows[0]:
-            if rows[0] == 1:  # torch takes a dimension of 1 for one that is always 1
+            if rows[0] == 1:  # torch treats a dimension of size 1 as a constant
                 leaves[i] = torch.cat([x, x])
             shapes[leaves[i]] = {0: batch}
     args, kwargs = pytree.tree_unflatten(leaves, tree)
@@ -134,14 +134,14 @@ def _trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
 
 
 def _unguarded(program: ExportedProgram) -> fx.GraphModule:
-    """A program's module without checks of its inputs' shapes, which older torch does not put in."""
+    """Return a program's module without checks of input shapes. Older versions of torch do not add such checks."""
     guards = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
     return program.module(**guards)
 
 
 @dataclass(frozen=True, eq=False)
 class _QuantizeInputs(QuantizeInputs):
-    """The same with operators that a graph keeps."""
+    """:class:`QuantizeInputs` with operators that the exported graph keeps."""
 
     dtype: torch.dtype
 
@@ -153,13 +153,13 @@ class _QuantizeInputs(QuantizeInputs):
         arguments = grid.scale, grid.zero_point - lower, limits.min, limits.max, self.dtype
         integers = _quantized.quantize_per_tensor(x, *arguments)
         if (low, high) != (limits.min, limits.max):
-            # not as the limits of quantize_per_tensor: the X86 lowering forgets those where it fuses it with a layer
+            # a clamp, because the X86 lowering ignores the limits of quantize_per_tensor when fusing it with a layer
             integers = integers.clamp(low, high)
         return cast(Tensor, _quantized.dequantize_per_tensor(integers, *arguments))
 
 
 def _traceable(module: nn.Module, input_dtype: torch.dtype) -> None:
-    """Let the layers of a converted model quantize their inputs with operators that a graph keeps, in place."""
+    """Make the layers of a converted model quantize inputs with operators that the exported graph keeps, in place."""
     for layer in module.modules():
         for key, hook in layer._forward_pre_hooks.items():
             if isinstance(hook, QuantizeInputs):
@@ -171,7 +171,7 @@ def _is(node: Any, targets: Any) -> bool:
 
 
 def _constants(graph_module: fx.GraphModule) -> dict[str, Any]:
-    """The tensors, and the graphs of control flow, that a graph reads, by the names of its ``get_attr`` nodes."""
+    """Return the tensors and control-flow graphs that a graph reads, by target of its ``get_attr`` nodes."""
     graph_module.graph.eliminate_dead_code()
     constants: dict[str, Any] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
@@ -193,7 +193,7 @@ def _folded(
         if training or axis is None:
             continue
         bias = layer.args[2] if len(layer.args) > 2 else None
-        if any(n is not None and n.op != "get_attr" for n in (bias, *statistics)):  # computed
+        if any(n is not None and n.op != "get_attr" for n in (bias, *statistics)):  # not constant
             continue
         gamma, beta, mean, variance = (None if n is None else constants[n.target] for n in statistics)
         weight = layer.args[1]
@@ -215,24 +215,24 @@ def _folded(
 
 
 def _folding_axis(layer: Any, weights: Mapping[str, IntegerWeight]) -> int | None:
-    """The weight's dimension of output channels, of a quantized layer that nothing but a batch norm follows."""
+    """Return the weight's output channel dimension if a batch norm can be folded into the layer, else None."""
     axis = _channel_axis(layer)
     if axis is None or len(layer.users) > 1 or layer.args[1].target not in weights or len(layer.args[1].users) > 1:
         return None
     if layer.meta["val"].dim() != layer.args[1].meta["val"].dim():
-        return None  # linear's of [N, L, C], where batch norm takes L, or a convolution's without a batch
+        return None  # linear on [N, L, C], where the channels of batch norm are L, or a convolution without a batch
     groups = layer.args[6] if axis == 1 and len(layer.args) > 6 else 1
     return axis if groups == 1 else None
 
 
 def _store_integers(graph: fx.Graph, constants: dict[str, Any], weights: Mapping[str, IntegerWeight]) -> None:
-    """Put integers and their dequantization in the place of the weights, anew for each use."""
+    """Replace weights with their integers, and insert a dequantization for each use."""
     for node in graph.find_nodes(op="get_attr"):
         weight = weights.get(node.target)
         if weight is None:
             continue
         constants[node.target] = weight.values
-        grids: dict[int, tuple[str, str]] = {}  # by the dimension of output channels, of which two users may have two
+        grids: dict[int, tuple[str, str]] = {}  # by output channel dimension; users may differ in it
         for user in list(node.users):
             limits = weight.quant_min, weight.quant_max, torch.int8
             axis = _channel_axis(user) if weight.channel_axis is None else weight.channel_axis
@@ -254,14 +254,14 @@ def _store_integers(graph: fx.Graph, constants: dict[str, Any], weights: Mapping
 
 
 def _unused(name: str, constants: Mapping[str, Any]) -> str:
-    """A name that no tensor of the model has."""
+    """Return a name that no tensor of the model has."""
     while name in constants:
         name += "_of_grid"
     return name
 
 
 def _channel_axis(layer: Any) -> int | None:
-    """The weight's dimension of output channels, or None where a backend does not ask for scales by channel."""
+    """Return the weight's output channel dimension, or None if no backend requires per-channel scales."""
     if _is(layer, _TRANSPOSED):
         return 1
     return 0 if _is(layer, {*_CONVOLUTIONS, _aten.linear.default}) else None

@@ -1,4 +1,4 @@
-"""The converted model with the weights of its linear layers as torchao tensors."""
+"""Conversion of a quantized model to one whose linear layers have torchao tensors as weights."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def convert_to_torchao(module: Module) -> Module:
-    """The converted model, with the integers of its linear layers in torchao tensors.
+    """Convert a quantized model, with the integers of its linear layers in torchao tensors.
 
-    Weights of 8 bits become ``Int8Tensor``, fewer ``IntxUnpackedToInt8Tensor`` with a ``target_dtype`` of as many
-    (``torch.int4``, ``torch.int3``), per tensor or per channel, weight-only: as torchao's own ``Int8WeightOnlyConfig``
-    and ``IntxWeightOnlyConfig`` make them, but with the trained integers and scales. The former multiplies by the
-    scale after the product with the integers, so its outputs equal to float rounding; the latter dequantizes the
-    weight that training computed with, to the bit. All other layers, and quantized inputs, are as in
-    :func:`~lightning_qat_osc.export.convert`. A weight that a linear layer shares with another kind of layer is no
-    longer shared.
+    Weights of 8 bits become ``Int8Tensor``. Weights of fewer bits become ``IntxUnpackedToInt8Tensor`` with a
+    ``target_dtype`` of the same width (``torch.int4``, ``torch.int3``). Both are per tensor or per channel and
+    weight-only, as torchao's own ``Int8WeightOnlyConfig`` and ``IntxWeightOnlyConfig`` create them, but with the
+    trained integers and scales. ``Int8Tensor`` multiplies by the scale after the product with the integers, so outputs
+    are equal up to float rounding; ``IntxUnpackedToInt8Tensor`` dequantizes to the weight that training computed with,
+    bit for bit. All other layers, and quantized inputs, are as in :func:`~lightning_qat_osc.export.convert`. A weight
+    that a linear layer shares with another kind of layer is no longer shared.
 
     Args:
-        module: A model with calibrated quantizers. It is left as it is.
+        module: A model with calibrated quantizers. It is not changed.
 
     Returns:
         The converted copy, of the same class, in evaluation mode.
 
     Raises:
-        ImportError: If torchao is not installed.
-        TypeError: If ``module`` is no module.
+        ImportError: If torchao is not installed, or torch is older than 2.10.
+        TypeError: If ``module`` is not a module.
         ValueError: If no linear layer of the module has a quantized weight, a layer cannot be converted, or the module
             is not in 32-bit floating point.
     """
@@ -48,7 +48,7 @@ def convert_to_torchao(module: Module) -> Module:
     for key, weight in model.weights.items():
         name, _, parameter = key.rpartition(".")
         layer = model.module.get_submodule(name)
-        # a forward of its own may do more with the weight than torchao's tensors can
+        # a custom forward may use the weight in ways that torchao's tensors do not support
         if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and parameter == "weight":
             if id(weight) not in made:
                 made[id(weight)] = nn.Parameter(_torchao_tensor(weight), requires_grad=False)
@@ -62,7 +62,7 @@ def convert_to_torchao(module: Module) -> Module:
 
 
 def _torchao_tensor(weight: IntegerWeight) -> Tensor:
-    """A weight [out, in] as a torchao tensor, one block for each scale."""
+    """Return a weight [out, in] as a torchao tensor with one block per scale."""
     from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
 
     rows, columns = weight.values.shape
