@@ -38,7 +38,7 @@ def main() -> None:
     contenders = {
         "read once": timed(lambda: [weight.sum() for weight in weights]),
         "insertion": timed(lambda: quantize_model(stack(arguments.millions), QuantConfig())),
-        "making the network alone": timed(lambda: stack(arguments.millions)),
+        "creating the network alone": timed(lambda: stack(arguments.millions)),
     }
     for method in get_args(RangeMethod):
         for granularity in get_args(Granularity):

@@ -83,7 +83,7 @@ def measure(network: str, memory_format: torch.memory_format, rounds: int) -> li
         try:
             racers[name] = make(WORKLOADS[network], memory_format).seconds
         except ImportError as error:
-            print(f"{name} is left out: {error}")
+            print(f"skipped {name}: {error}")
     return race(racers, rounds, warmup=1)
 
 

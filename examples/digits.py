@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=30, help="epochs of quantization-aware training")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method")
-    parser.add_argument("--output", type=Path, default=Path("runs/digits"), help="folder for logs and the picture")
+    parser.add_argument("--output", type=Path, default=Path("runs/digits"), help="folder for the logs and the plot")
     arguments = parser.parse_args()
     quiet()
     torch.set_num_threads(1)  # the tensors are tiny
@@ -93,8 +93,8 @@ def main() -> None:
     )
     plot(results, arguments.output / "oscillations.png")
     print(f"\n{table(results)}\n")
-    print(f"{arguments.output}/oscillations.png has the curves, {arguments.output}/tensorboard and csv the logs.")
-    print(f"{time.perf_counter() - start:.0f} s in all.")
+    print(f"Curves: {arguments.output}/oscillations.png. Logs: {arguments.output}/tensorboard, {arguments.output}/csv.")
+    print(f"Total time: {time.perf_counter() - start:.0f} s.")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ def _read(folder: Path, name: str) -> Tensor:
     path = next((p for p in (folder / f"{name}.gz", folder / name) if p.exists()), None)
     if path is None:
         raise FileNotFoundError(
-            f"{folder} has no {name}(.gz): install Debian's dataset-fashion-mnist, or give a folder with --data"
+            f"{folder} does not contain {name}(.gz): install Debian's dataset-fashion-mnist, or pass a folder with "
+            "--data"
         )
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     dimensions = raw[3]
@@ -118,14 +119,14 @@ def main() -> None:
     names = [setting.name for setting in settings(epochs=1)]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DEBIAN, help="folder with the four files")
-    parser.add_argument("--train-images", type=int, default=20_000, help="use the first so many training images")
+    parser.add_argument("--train-images", type=int, default=20_000, help="number of training images to use")
     parser.add_argument("--epochs", type=int, default=6, help="epochs of quantization-aware training")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
-    parser.add_argument("--width", type=float, default=0.5, help="multiplier of the network's channels")
+    parser.add_argument("--width", type=float, default=0.5, help="multiplier for the network's channels")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="which methods to run")
     parser.add_argument("--settings", nargs="+", choices=names, default=names, help="which settings to run")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--output", type=Path, default=Path("runs/fashion_mnist"), help="folder for logs and picture")
+    parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
+    parser.add_argument("--output", type=Path, default=Path("runs/fashion_mnist"), help="folder for logs and plot")
     arguments = parser.parse_args()
     quiet()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,7 @@ def main() -> None:
     )
     plot(results, arguments.output / "oscillations.png")
     print(f"\n{table(results)}\n")
-    print(f"{time.perf_counter() - start:.0f} s in all.")
+    print(f"Total time: {time.perf_counter() - start:.0f} s.")
 
 
 if __name__ == "__main__":

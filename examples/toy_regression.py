@@ -396,7 +396,7 @@ def draw(traces: dict[str, Trace], path: Path) -> None:
 def main() -> None:
     """Simulate, print the tables and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/toy_regression"), help="folder for the picture")
+    parser.add_argument("--output", type=Path, default=Path("runs/toy_regression"), help="folder for the plot")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     traces = run_all()
@@ -413,7 +413,7 @@ def main() -> None:
         print(f"{title}\n\n{table(rows)}\n")
     path = arguments.output / "toy_regression.png"
     draw(traces, path)
-    print(f"{path} has the picture.")
+    print(f"Saved the plot to {path}.")
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def reestimate_batch_norm(
             run(batch)
             seen = True
     if not seen:
-        raise ValueError("batches must hold at least one batch to re-estimate batch norm from, got none")
+        raise ValueError("batches must contain at least one batch to re-estimate batch norm from, got none")
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     divergence = {}
     for (name, layer), moment in zip(layers.items(), moments):

@@ -98,21 +98,21 @@ class Calibrator:
         sizes = Counter(part_of[name] for name in others)
         # more than one layer: a network, and not a position table or the like
         read = [name for name in others if part_of[name] in arrived and sizes[part_of[name]] > 1]
-        teacher = "are of a teacher or a loss network, whose outputs are to stay as they are, leave them"
+        teacher = "If they belong to a teacher or a loss network whose outputs must not change, leave them"
         if unread:
             yield (
-                f"Nothing that is trained follows {', '.join(unread[:5])}, which are quantized and not trained. If "
-                f"they {teacher} {self._leave_out(unread[0])}"
+                f"Layers {', '.join(unread[:5])} are quantized but not trained, and no trained layer uses their "
+                f"outputs. {teacher} {self._leave_out(unread[0])}"
             )
         if read:
             yield (
-                f"{', '.join(read[:5])} are quantized and not trained, and not all that is trained follows them. If "
-                f"they {teacher} {self._leave_out(read[0])}"
+                f"Layers {', '.join(read[:5])} are quantized but not trained, and only some of the trained layers use "
+                f"their outputs. {teacher} {self._leave_out(read[0])}"
             )
         if followers:
             yield (
-                f"{', '.join(followers[:5])} compute in training and are copies of layers that are trained, and "
-                "quantized like these. A moving average or a target network is to be; leave a fixed teacher "
+                f"Layers {', '.join(followers[:5])} run in training and are copies of trained layers, quantized like "
+                "them. That is right for a moving average or a target network; leave a fixed teacher "
                 f"{self._leave_out(followers[0])}"
             )
 
@@ -125,13 +125,11 @@ class Calibrator:
         """Yield warnings about weights that are also used in full precision or changed after quantization."""
         for name, reader in self._seen.weights.read_outside.items():
             yield (
-                f"The weight of layer '{name}' is also read outside of the layer, by {reader}, in full precision there."
+                f"The weight of layer '{name}' is also read outside of the layer, by {reader}, where it is in full "
+                "precision."
             )
         for name, function in self._seen.weights.changed_inside.items():
-            yield (
-                f"Layer '{name}' computes another weight from its quantized one, by {function}, which may be off the "
-                "grid."
-            )
+            yield f"Layer '{name}' applies {function} to its quantized weight; the result may be off the grid."
 
     def _check_recomputation(self) -> None:
         for name, function in self._seen.weights.changed_unseen.items():
@@ -139,7 +137,7 @@ class Calibrator:
             if layer is not None and any(q.recompute for q in layer.weight_quantizers().values()):
                 raise ValueError(
                     f"layer '{name}' changes its quantized weight through .data, by {function}, which recompute=True "
-                    "cannot do again in the backward pass: leave recompute out, or the layer, with "
+                    "cannot repeat in the backward pass: set recompute=False, or leave the layer out with "
                     f"LayerRule(pattern='{name}', weight_bits=None, activation_bits=None)"
                 )
 
@@ -158,8 +156,8 @@ class Calibrator:
                     x.set_bits(None if name == first else bits)
         for asked in () if self._quantized.keys() - ends else replaced - {bits, None}:
             yield (
-                f"Every quantized layer is the first or the last and has first_last_bits={bits}, none has {asked}: "
-                "first_last_bits=None gives them the bits that are asked for."
+                f"Every quantized layer is the first or the last and has first_last_bits={bits}, so none has the "
+                f"{asked} bits that were asked for: set first_last_bits=None to give them these."
             )
 
     def _set_bits_of(self, copies: Mapping[str, str]) -> dict[InputQuantizer, InputQuantizer]:
@@ -204,7 +202,7 @@ class Calibrator:
             if q.bits is not None and observed is not None:
                 problem = observed.calibrate(q)
             elif q.bits is not None and name in self._seen.called and (name, argument) not in self._seen.repeated:
-                problem = f"its input {argument} was no tensor during calibration and stays in full precision"
+                problem = f"its input {argument} was not a tensor during calibration and stays in full precision"
             if problem is not None:
                 yield problem
             if not q.calibrated:

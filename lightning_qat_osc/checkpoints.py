@@ -83,10 +83,11 @@ def read_checkpoint(
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise ValueError(
-            f"{fspath(path)} must be a checkpoint or a state_dict, and holds a {type(checkpoint).__name__}"
+            f"{fspath(path)} is not a checkpoint or a state_dict: it contains an object of type "
+            f"{type(checkpoint).__name__}"
         )
     if not any(_GRID.match(key) for key in state):
-        raise ValueError(f"{fspath(path)} must be a checkpoint of a quantized module, and it has no quantizers")
+        raise ValueError(f"{fspath(path)} is not a checkpoint of a quantized module: it has no quantizers")
     return checkpoint, state
 
 
@@ -95,7 +96,7 @@ def _grids(state: Mapping[str, Tensor]) -> Iterator[_Grid]:
         if match := _GRID.match(key):
             layer, name = match["layer"] or "", match["name"]
             if f"{key.removesuffix('.grid')}.scale" not in state:
-                raise ValueError(f"the state is damaged: it has {key} and no scale")
+                raise ValueError(f"the state_dict is damaged: it contains {key}, but no scale for it")
             bits, quant_min, quant_max, _, calibrated = (round(value) for value in grid.tolist())
             yield _Grid(
                 key=key.removesuffix(".grid"),

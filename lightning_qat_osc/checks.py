@@ -116,7 +116,9 @@ def check_module(name: str, value: object) -> None:
         TypeError: If the value is not a module.
     """
     if isinstance(value, type) and issubclass(value, nn.Module):
-        raise TypeError(f"{name} must be a module, got the class {value.__name__}: make one, {value.__name__}(...)")
+        raise TypeError(
+            f"{name} must be a module, got the class {value.__name__}: pass an instance, {value.__name__}(...)"
+        )
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, got {value!r}")
 

@@ -68,45 +68,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="lightning-qat-osc", description="Look into a checkpoint, export it, and compare what came out."
+        prog="lightning-qat-osc", description="Inspect a checkpoint, export it, and compare the outputs."
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    inspect = commands.add_parser("inspect", help="the quantized layers of a checkpoint, without the module's class")
+    inspect = commands.add_parser(
+        "inspect", help="list the quantized layers of a checkpoint; the module's class is not needed"
+    )
     _add_checkpoint(inspect)
     inspect.set_defaults(run=_inspect)
 
-    export = commands.add_parser("export", help="a checkpoint as ONNX, packed integers or a torch.export program")
+    export = commands.add_parser(
+        "export", help="export a checkpoint as ONNX, packed integers or a torch.export program"
+    )
     _add_module(export)
-    export.add_argument("--to", choices=get_args(ExportFormat), required=True, help="the format")
-    export.add_argument("--output", type=Path, help="the file; beside the checkpoint if not given")
+    export.add_argument("--to", choices=get_args(ExportFormat), required=True, help="the output format")
+    export.add_argument("--output", type=Path, help="output file (default: next to the checkpoint)")
     export.add_argument(
         "--input",
         type=Path,
-        help="what forward takes, for onnx and torch: .npy or .pt with a tensor, .pt with a tuple of arguments, .npz "
-        "or .pt with a dictionary of keyword arguments; the module's example_input_array if not given",
+        help="arguments of forward, for onnx and torch: .npy or .pt with a tensor, .pt with a tuple of arguments, .npz "
+        "or .pt with a dictionary of keyword arguments (default: the module's example_input_array)",
     )
     export.add_argument(
-        "--fixed-batch", action="store_true", help="keep the batch size of the input, where the forward fixes it"
+        "--fixed-batch", action="store_true", help="keep the batch size of the input, for a forward that fixes it"
     )
     export.set_defaults(run=_export)
 
-    compare = commands.add_parser("compare", help="float, fake-quantized and exported outputs, layer by layer")
+    compare = commands.add_parser("compare", help="compare float, fake-quantized and exported outputs, layer by layer")
     _add_module(compare)
-    compare.add_argument("--data", type=Path, required=True, help="what forward takes, as export's --input")
+    compare.add_argument("--data", type=Path, required=True, help="arguments of forward, as for export --input")
     compare.add_argument(
-        "--exported", type=Path, help="a file of export; the converted model if not given. Of .onnx and .pt2 files, "
-        "which have no layers, the outputs alone are compared"
+        "--exported", type=Path, help="an exported file (default: the converted model); .onnx and .pt2 files have no "
+        "layers, so only their outputs are compared"
     )  # fmt: skip
     compare.set_defaults(run=_compare)
     return parser
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, from the end of training or the middle")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, from the middle or the end of training")
     parser.add_argument(
         "--trusted", action="store_true",
-        help="read objects of any kind, among the hyperparameters for instance: unpickling them may run code",
+        help="load objects of any type, for example among the hyperparameters; unpickling them may run code",
     )  # fmt: skip
 
 
@@ -117,7 +121,7 @@ def _add_module(parser: argparse.ArgumentParser) -> None:
         "--module-args", type=_json, default={}, metavar="JSON",
         help="arguments of the class that are not among the checkpoint's hyperparameters",
     )  # fmt: skip
-    parser.add_argument("--network", help="name of the submodule to take, where it is not the whole module")
+    parser.add_argument("--network", help="name of the submodule to use (default: the whole module)")
 
 
 def _json(text: str) -> Any:
@@ -140,7 +144,11 @@ def _export(options: argparse.Namespace) -> None:
     if options.input is not None:
         example_input = _read_arguments(options.input)
     if example_input is None and options.to != "packed":
-        why = "the module has no example_input_array" if network is module else "example_input_array is the module's"
+        why = (
+            "the module has no example_input_array"
+            if network is module
+            else "example_input_array belongs to the whole module, not to --network"
+        )
         raise ValueError(f"--input must be given for '{options.to}': {why}")
     output = options.output or options.checkpoint.with_suffix(SUFFIXES[options.to])
     export_model(network, output, options.to, example_input, dynamic_batch=not options.fixed_batch)
@@ -155,7 +163,7 @@ def _compare(options: argparse.Namespace) -> None:
     in_float = layer_outputs(float_model(network), layers, args, kwargs)
     quantized = layer_outputs(network, layers, args, kwargs)
     if not quantized[OUTPUT]:
-        raise ValueError("the network's output holds no tensor of floating-point numbers to compare")
+        raise ValueError("the network's output contains no floating-point tensor to compare")
     exported = _exported_outputs(options, network, layers, args, kwargs)
     rows = [("layer", "float to quantized, dB", "quantized to exported, dB", "largest difference", "")]
     parted = False
@@ -164,7 +172,7 @@ def _compare(options: argparse.Namespace) -> None:
         of_export = _difference(quantized, exported, name)
         parts = of_export is not None and of_export.largest != 0.0
         rows.append(
-            (name, _texts(of_quantization)[0], *_texts(of_export), "parts here" if parts and not parted else "")
+            (name, _texts(of_quantization)[0], *_texts(of_export), "first difference" if parts and not parted else "")
         )
         parted |= parts
     _say(table(rows))
@@ -229,11 +237,11 @@ def _read_arguments(path: Path) -> Any:
                     return torch.from_numpy(found)
                 return {name: torch.from_numpy(found[name]) for name in found.files}
         except (ValueError, EOFError, BadZipFile) as error:
-            raise ValueError(f"{path} is damaged, or holds other objects than arrays of numbers: {error}") from error
+            raise ValueError(f"{path} is damaged, or contains objects other than arrays of numbers: {error}") from error
     try:
         found = read_tensors(path, map_location="cpu", weights_only=True)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged, or is no .npy, .npz or .pt file of tensors") from error
+        raise ValueError(f"{path} is damaged, or is not a .npy, .npz or .pt file of tensors") from error
     return tuple(found) if isinstance(found, list) else found
 
 
@@ -249,7 +257,7 @@ def _exported_outputs(
         register_operators()
         with path.open("rb") as file:
             if not is_zipfile(file):  # torch would print a message of its own, too
-                raise ValueError(f"{path} cannot be read: it is damaged, or none that torch.export has saved")
+                raise ValueError(f"{path} cannot be read: it is damaged, or was not saved by torch.export")
         try:
             program = torch.export.load(path)
         except (BadZipFile, RuntimeError, ValueError) as error:

@@ -46,7 +46,7 @@ class LayerRule:
         for name in ("pattern", "layer_type"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                hint = f", of which the name is '{value.__name__}'" if isinstance(value, type) else ""
+                hint = f"; use its name, '{value.__name__}'" if isinstance(value, type) else ""
                 raise TypeError(f"LayerRule.{name} must be a string, got {value!r}{hint}")
         check_bits("LayerRule.weight_bits", self.weight_bits, none="full precision", default_allowed=True)
         check_bits("LayerRule.activation_bits", self.activation_bits, none="full precision", default_allowed=True)
@@ -94,13 +94,13 @@ class QuantConfig:
         object.__setattr__(self, "rules", tuple(self.rules))  # a list and a tuple of the same rules are equal
         check_bits("weight_bits", self.weight_bits, none="full precision")
         check_bits("activation_bits", self.activation_bits, none="full precision")
-        check_bits("first_last_bits", self.first_last_bits, none="those of the other layers")
+        check_bits("first_last_bits", self.first_last_bits, none="the same bits as the other layers")
         check_choice("weight_granularity", self.weight_granularity, Granularity)
         check_choice("weight_range", self.weight_range, RangeMethod)
         check_choice("activation_range", self.activation_range, RangeMethod)
         for rule in self.rules:
             if not isinstance(rule, LayerRule):
-                hint = ": LayerRule(**rule) makes one of it" if isinstance(rule, dict) else ""
+                hint = "; convert it with LayerRule(**rule)" if isinstance(rule, dict) else ""
                 raise TypeError(f"rules must be LayerRule objects, got {rule!r}{hint}")
         if self.weight_bits is None and self.activation_bits is None and not self.rules:
             raise ValueError(

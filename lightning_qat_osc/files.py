@@ -26,8 +26,8 @@ def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: 
     """
     if os.path.isdir(path):
         raise ValueError(
-            f"the checkpoint must be a file, and {path} is a folder of shards: put them together with "
-            "`python -m lightning.fabric.utilities.consolidate_checkpoint`, or train with "
+            f"the checkpoint must be a file, but {path} is a folder of shards: consolidate it with "
+            f"`python -m lightning.fabric.utilities.consolidate_checkpoint {path}`, or train with "
             "ModelParallelStrategy(save_distributed_checkpoint=False)"
         )
     try:
@@ -43,10 +43,10 @@ def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: 
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("archive", "corrupt")):
             raise  # such as a missing device or too little memory
         if not weights_only:
-            raise ValueError(f"{path} is damaged") from error
+            raise ValueError(f"{path} is damaged, or is not a file that torch.load can read") from error
         raise ValueError(
-            f"{path} is damaged, or holds other objects than tensors and plain values, such as a module's "
-            "hyperparameters: if you trust its source, read it with weights_only=False (--trusted on the command line)"
+            f"{path} is damaged, or contains objects other than tensors and plain values, such as a module's "
+            "hyperparameters: if you trust its source, load it with weights_only=False (--trusted on the command line)"
         ) from error
 
 

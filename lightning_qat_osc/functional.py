@@ -146,7 +146,7 @@ def fake_quantize(
         ValueError: If ``quant_min`` is above ``quant_max``.
     """
     if not isinstance(scale, Tensor):
-        raise TypeError(f"scale must be a tensor, got {scale!r}: torch.tensor([{scale!r}]) for one scale")
+        raise TypeError(f"scale must be a tensor, got {scale!r}: pass torch.tensor([{scale!r}]) for a single scale")
     if quant_min > quant_max:
         raise ValueError(f"quant_min must be at most quant_max, {quant_max}, got {quant_min}")
     if scale.dim() == 0:

@@ -71,7 +71,7 @@ class _Attention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         if is_causal and attn_mask is None:
-            raise RuntimeError("is_causal is a hint about attn_mask, which is missing")
+            raise RuntimeError("is_causal=True is a hint about attn_mask, which is None: pass the mask, too")
         causal = is_causal and key_padding_mask is None and not need_weights
         attn_mask = None if causal else attn_mask
         q, k, v = (self._to_sequences(x) for x in self._project(query, key, value))
@@ -161,13 +161,13 @@ _KINDS = (
         weights=_attention_weights,
         inputs=3,
         forward=_Attention,
-        remains="its scores and what it multiplies them with",
+        remains="its projected queries, keys and values, and its scores",
     ),
     LayerKind(
         "recurrent",
         lambda: (nn.RNNBase, nn.RNNCellBase),
         weights=_recurrent_weights,
-        remains="its recurrent state and what it passes between its own layers",
+        remains="its recurrent state and the values between its stacked layers",
     ),
     LayerKind("transformers.Conv1D", _transformers_conv1d, channel_dim=1),
 )

@@ -90,21 +90,21 @@ def load_with_arguments(
     checkpoint = read_tensors(checkpoint_path, map_location="cpu", weights_only=weights_only)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(
-            f"checkpoint_path must be a checkpoint of Lightning, and {checkpoint_path} has no 'state_dict': load a "
-            "saved state_dict into a module of quantize_model(module, config)"
+            f"checkpoint_path must be a Lightning checkpoint, but {checkpoint_path} has no 'state_dict': load a plain "
+            "state_dict into the module that quantize_model(module, config) returns"
         )
     state = checkpoint["state_dict"]
     grids = [value for key, value in state.items() if key.endswith("_quantizer.grid")]
     if not grids:
         raise ValueError(
-            f"checkpoint_path must be that of a quantized module, and {checkpoint_path} has no quantizers: use "
+            f"checkpoint_path must be a checkpoint of a quantized module, but {checkpoint_path} has no quantizers: use "
             f"{module_class.__name__}.load_from_checkpoint"
         )
     config = config or config_of_checkpoint(checkpoint)
     if config is None:
         raise ValueError(
-            f"{checkpoint_path} does not say how it is quantized (it was saved with save_weights_only=True): give "
-            "config=QuantConfig(...), as QuantizationAwareTraining had it"
+            f"{checkpoint_path} does not contain its quantization configuration (it was saved with "
+            "save_weights_only=True): pass config=QuantConfig(...) with the settings of QuantizationAwareTraining"
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found keys that are.*")
@@ -117,13 +117,14 @@ def load_with_arguments(
     module.load_state_dict(checkpoint["state_dict"], strict=cast(Any, module).strict_loading)
     if not any(q.calibrated for q in quantizers(module)) and any(grid[-1] for grid in grids):
         raise ValueError(
-            f"the on_load_checkpoint of {module_class.__name__} leaves the quantizers of {checkpoint_path} out"
+            f"{module_class.__name__}.on_load_checkpoint drops the quantizers of {checkpoint_path}: keep the keys with "
+            "'_quantizer.' in its state_dict"
         )
     differences = bits_differences(module, config)
     if differences:
         raise ValueError(
-            f"config is of another quantization than {checkpoint_path}, where {'; '.join(differences[:5])}. For other "
-            f"bits, load the weights alone, with {module_class.__name__}.load_from_checkpoint(path, strict=False)"
+            f"config does not match {checkpoint_path}, where {'; '.join(differences[:5])}. To use other bits, load "
+            f"only the weights, with {module_class.__name__}.load_from_checkpoint(path, strict=False)"
         )
     hold_scales(module)
     return module

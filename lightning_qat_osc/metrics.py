@@ -69,7 +69,7 @@ class _MeanOverWeights(Metric):
         """
         untracked = [name for name in self.layers if name not in states]
         if untracked:
-            raise ValueError(f"states must have one of each layer, got none of {', '.join(map(repr, untracked))}")
+            raise ValueError(f"states must contain one for each layer, got none for {', '.join(map(repr, untracked))}")
         sums = torch.stack([self._sum(states[name]).to(self.sums.dtype) for name in self.layers])
         counts = torch.tensor([own_part(states[name].frequency).numel() for name in self.layers])
         self.sums.add_(sums.to(self.sums.device))
@@ -137,7 +137,7 @@ class SQNR(Metric):
             ValueError: If the shapes differ.
         """
         if x.shape != x_q.shape:
-            raise ValueError(f"x_q must be of the shape of x, {tuple(x.shape)}, got {tuple(x_q.shape)}")
+            raise ValueError(f"x_q must have the shape of x, {tuple(x.shape)}, got {tuple(x_q.shape)}")
         x, x_q = x.to(self.signal.dtype), x_q.to(self.signal.dtype)  # squares can exceed the range of half precision
         self.signal += x.square().sum()
         self.noise += (x - x_q).square().sum()

@@ -108,7 +108,7 @@ class ObservedInput:
         """
         seen = self.to(quantizer.scale.device)
         if not seen.samples:
-            return "its input was empty or held no floating-point numbers; it stays in full precision"
+            return "its input was empty or contained no floating-point numbers; it stays in full precision"
         low, high = torch.stack(seen.lows).amin().item(), torch.stack(seen.highs).amax().item()
         if low == high == 0.0:
             return "its input was 0 throughout calibration and stays in full precision"
@@ -118,7 +118,7 @@ class ObservedInput:
             sample = sample.new_tensor([low, high])
         quantizer.calibrate(sample, low, high)
         if not bool(torch.stack(seen.finite).all()):
-            return "its input held NaN or inf during calibration; its range comes from the finite values"
+            return "its input contained NaN or inf during calibration; its range is set from the finite values"
         return None
 
 

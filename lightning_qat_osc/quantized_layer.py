@@ -126,8 +126,8 @@ class QuantizedLayer(nn.Module):
             if child.endswith("_quantizer") and "." not in child and child not in self._modules:
                 what = child.removesuffix("_quantizer")
                 keys_and_errors[-1].append(
-                    f"layer '{prefix.rstrip('.')}' is of another quantization: its {what} has bits in the state, and "
-                    "None here"
+                    f"layer '{prefix.rstrip('.')}' was quantized with a different configuration: its {what} has bits "
+                    "in the state_dict, but is in full precision here"
                 )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -148,8 +148,8 @@ class Quantizer(nn.Module):
         if any(key.startswith(prefix) for key in state_dict):
             if f"{prefix}grid" not in state_dict:
                 warnings.warn(
-                    f"The state has a part of {prefix.rstrip('.')}, but not its grid, which is a buffer: without it a "
-                    "scale is worth nothing, and the next fit sets a new one.",
+                    f"The state_dict has entries of {prefix.rstrip('.')}, but not its buffer 'grid'. A scale cannot "
+                    "be used without it; the next fit sets a new range.",
                     stacklevel=2,
                 )
             super()._load_from_state_dict(state_dict, prefix, *args)
@@ -214,7 +214,7 @@ class WeightQuantizer(Quantizer):
         rows = weight.detach().movedim(self.channel_dim, 0).reshape(groups, -1) if groups > 1 else weight.reshape(1, -1)
         problem = None
         if not bool(rows.isfinite().all()):
-            problem = "its weight holds NaN or inf; its range comes from the finite values"
+            problem = "its weight contains NaN or inf; its range is set from the finite values"
             rows = rows.nan_to_num(0.0, 0.0, 0.0)
         scale = estimate_scale(rows, quant_min, quant_max, self.method)
         empty = rows.abs().amax(dim=1) == 0
@@ -224,7 +224,7 @@ class WeightQuantizer(Quantizer):
             scale = torch.where(empty, 1.0 / (math.sqrt(fan_in) * quant_max), scale)
             which = "its weight is" if groups == 1 else f"{int(empty.sum())} of its {groups} weight channels are"
             problem = (
-                problem or f"{which} all zero; the range is that of torch's default initialisation, 1/sqrt(fan_in)"
+                problem or f"{which} all zero; the range is set as for torch's default initialization, 1/sqrt(fan_in)"
             )
         self.set_range(scale, quant_min, quant_max)
         return problem

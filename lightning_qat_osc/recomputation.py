@@ -47,8 +47,8 @@ class _Kept:
     def make(self) -> Tensor:
         if _versions(self.recipe) != self.versions:
             raise RuntimeError(
-                "a tensor that was quantized, or its scale, was changed by an in-place operation before the backward "
-                "pass that needs it: make a copy before the change, or leave recompute=True out"
+                "a tensor that was quantized, or its scale, was modified in place before the backward pass that needs "
+                "it: clone it before modifying it, or set recompute=False"
             )
         return self.recipe.make().as_strided(self.size, self.stride, self.offset)
 

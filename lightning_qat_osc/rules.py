@@ -82,17 +82,22 @@ def check_rules_match(rules: Sequence[LayerRule], layers: dict[str, nn.Module]) 
         matching = [layer for name, layer in layers.items() if rule.matches(name, type(layer))]
         if matching and isinstance(rule.activation_bits, int) and not any(kind_of(layer).inputs for layer in matching):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in matching}))
-            raise ValueError(f"{_describe(rule)} sets activation_bits of {kinds} alone, whose input is indices")
+            raise ValueError(
+                f"{_describe(rule)} sets activation_bits, but matches only {kinds}, whose inputs are indices and "
+                "cannot be quantized"
+            )
         if matching:
             continue
         by_name = [name for name in layers if fnmatchcase(name, rule.pattern or "*")]
         if rule.layer_type is not None and by_name:
             types = sorted({type(layers[n]).__name__ for n in by_name})
-            raise ValueError(f"{_describe(rule)} matches no layer; the types there are {', '.join(types)}")
+            raise ValueError(
+                f"{_describe(rule)} matches no layer; without layer_type, it matches layers of type {', '.join(types)}"
+            )
         near = get_close_matches(rule.pattern or "", layers, n=5, cutoff=0.3) or list(layers)[:5]
         inside = any(name.startswith(f"{rule.pattern}.") for name in layers)
-        hint = f"; a pattern matches whole names: '{rule.pattern}.*' would match what is inside" if inside else ""
-        raise ValueError(f"{_describe(rule)} matches no layer{hint}; near names are {', '.join(near)}")
+        hint = f"; a pattern must match the whole name: '{rule.pattern}.*' matches the layers inside" if inside else ""
+        raise ValueError(f"{_describe(rule)} matches no layer{hint}; layer names include {', '.join(near)}")
 
 
 def _describe(rule: LayerRule) -> str:
@@ -119,6 +124,6 @@ def bits_differences(module: nn.Module, config: QuantConfig) -> list[str]:
         for quantizers, allowed in ((layer.weight_quantizers(), weight), (layer.input_quantizers(), inputs)):
             for key, q in quantizers.items():
                 if q.calibrated and q.bits not in allowed:
-                    wanted = " or ".join(str(b) for b in sorted(allowed - {None}, key=str)) or "none"
-                    differences.append(f"{key} of layer '{name}' has {q.bits} bits, not {wanted}")
+                    wanted = " or ".join(str(b) for b in sorted(allowed - {None}, key=str)) or "full precision"
+                    differences.append(f"{key} of layer '{name}' has {q.bits} bits instead of {wanted}")
     return differences

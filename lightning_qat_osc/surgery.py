@@ -53,7 +53,7 @@ def quantizable_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 def no_layer_to_quantize(module: nn.Module) -> str:
     """Return the error message for a module without quantizable layers."""
-    return f"{type(module).__name__} has no layer to quantize: none of {', '.join(kind_names())}"
+    return f"{type(module).__name__} has no layer to quantize: it contains none of {', '.join(kind_names())}"
 
 
 def _reads_past_its_projection(layer: nn.Module) -> bool:
@@ -106,9 +106,9 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
         elif layer.quant_config != config:
             differences = config_differences(layer.quant_config.to_dict(), config.to_dict())
             raise ValueError(
-                f"the module is quantized already, differently: {differences}. For other bits, load its checkpoint "
-                "into a new module with load_from_checkpoint(path, strict=False), which takes the weights alone, and "
-                "give it a network in full precision, if that is an argument"
+                f"the module is already quantized with a different configuration: {differences}. To change the bits, "
+                "load only the weights of its checkpoint into a new module, with load_from_checkpoint(path, "
+                "strict=False); if the network is an argument, pass one in full precision"
             )
     new = {name: layers[name] for name in planned if not isinstance(layers[name], QuantizedLayer)}
     _check_shared_weights(new, planned)
@@ -153,15 +153,16 @@ def _check_supported(name: str, layer: nn.Module) -> None:
     leave_out = f"Leave it out with LayerRule(pattern='{name}', weight_bits=None, activation_bits=None)"
     if any(getattr(hook, "quantizes_inputs", False) for hook in layer._forward_pre_hooks.values()):
         raise ValueError(
-            f"layer '{name}' is one that convert has made, and quantizes its inputs already: begin with the weights of "
-            "the checkpoint, by load_from_checkpoint(path, strict=False)."
+            f"layer '{name}' was created by convert and already quantizes its inputs: start from the weights of the "
+            "checkpoint instead, with load_from_checkpoint(path, strict=False)."
         )
     for parameter in weight_names(layer):
         try:
             weight = latent_weight(layer, parameter)
         except AttributeError as error:
             raise ValueError(
-                f"layer '{name}' has no {parameter} of its own (maybe another network makes it): {error}. {leave_out}."
+                f"layer '{name}' has no {parameter} of its own (maybe another network generates it): {error}. "
+                f"{leave_out}."
             ) from error
         if is_lazy(weight):
             raise ValueError(
@@ -169,34 +170,38 @@ def _check_supported(name: str, layer: nn.Module) -> None:
             )
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise ValueError(
-                f"layer '{name}' has a {parameter} of {weight.dtype}; quantization takes 16 to 64-bit floating-point "
-                f"numbers. {leave_out}."
+                f"layer '{name}' has a {parameter} of {weight.dtype}; only 16- to 64-bit floating-point weights can be "
+                f"quantized. {leave_out}."
             )
     children = {f"{parameter}_quantizer" for parameter in (*weight_names(layer), *input_names(type(layer)))}
     names = {"input_quantizer", *children, *vars(QuantizedLayer), *QuantizedLayer.__annotations__} - set(dir(nn.Module))
     there = {*layer._modules, *layer._parameters, *layer._buffers}
     taken = sorted(n for n in names if n[0] != "_" and (n in there or getattr_static(layer, n, None) is not None))
     if taken:
-        raise ValueError(f"layer '{name}' has '{taken[0]}' of its own, where quantizers would be. {leave_out}.")
+        raise ValueError(
+            f"layer '{name}' already has an attribute '{taken[0]}', a name that the quantizers need. {leave_out}."
+        )
     try:
         quantized_class(type(layer))
     except Exception as error:
         raise ValueError(
-            f"layer '{name}' is of a class, {type(layer).__name__}, that cannot be subclassed: {error}. {leave_out}."
+            f"layer '{name}' cannot be quantized, because its class {type(layer).__name__} cannot be subclassed: "
+            f"{error}. {leave_out}."
         ) from error
     if "forward" in layer.__dict__:
         raise ValueError(
-            f"layer '{name}' has a forward of its own, set on it alone, which no class can replace: set it after the "
-            f"quantizers are there. {leave_out}."
+            f"layer '{name}' has a forward that was set on the instance, which a subclass cannot override: set it "
+            f"after the quantizers are inserted. {leave_out}."
         )
     if getattr(layer, "max_norm", None) is not None:
         raise ValueError(
-            f"layer '{name}' has max_norm={layer.max_norm}, by which it would renormalize quantized weights off their "
-            f"grid. {leave_out}, or set max_norm=None."
+            f"layer '{name}' has max_norm={layer.max_norm}, which would renormalize quantized weights off their grid. "
+            f"{leave_out}, or set max_norm=None."
         )
     if getattr(layer, "sparse", False):
         raise ValueError(
-            f"layer '{name}' has sparse gradients, quantization has none. {leave_out}, or set sparse=False."
+            f"layer '{name}' uses sparse gradients, which quantization does not support. {leave_out}, or set "
+            "sparse=False."
         )
 
 
@@ -244,8 +249,8 @@ def _check_shared_weights(new: dict[str, nn.Module], planned: dict[str, LayerBit
             other, others_bits = first.setdefault(getattr(layer, parameter), (name, bits))
             if bits != others_bits:
                 raise ValueError(
-                    f"layer '{name}' shares its weight with '{other}', so both have the same bits: rules set {bits} "
-                    f"and {others_bits}"
+                    f"layers '{other}' and '{name}' share a weight and must have the same bits, but the rules give "
+                    f"them {others_bits} and {bits}"
                 )
 
 
@@ -260,7 +265,7 @@ def _full_precision(
         if isinstance(layer, nn.MultiheadAttention) and not isinstance(layer, kind.forward or ()):
             yield (
                 f"The output projection of attention '{name}' stays in full precision: {layer.float_class.__name__} "
-                "has a forward of its own, which does not call it as a layer."
+                "overrides forward and does not call it as a layer."
             )
         if kind.remains is not None and planned[name].input is not None:
             remaining.setdefault((layer.float_class.__name__, kind.remains), []).append(name)

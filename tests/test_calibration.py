@@ -53,7 +53,7 @@ def test_nothing_but_first_and_last():
     x = torch.randn(64, 4)
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     (word,) = calibrate(net, QuantConfig(3, 4), [x])
-    assert "has first_last_bits=8, none has 3: first_last_bits=None" in word
+    assert "has first_last_bits=8, so none has the 3 bits that were asked for: set first_last_bits=None" in word
     assert [layer.weight_quantizer.bits for layer in (net[0], net[2])] == [8, 8]
     for config in (QuantConfig(8, 4), QuantConfig(None, 4), QuantConfig(3, 4, rules=[LayerRule("*", weight_bits=3)])):
         net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -127,7 +127,7 @@ def test_an_input_that_is_no_tensor_is_told():
     model = nn.Sequential(Summed(4, 4))
     words = calibrate(model, QuantConfig(4, 4, first_last_bits=None), [[torch.randn(3, 4), torch.randn(3, 4)]])
     assert words == [
-        "Layer '0': its input parts was no tensor during calibration and stays in full precision.",
+        "Layer '0': its input parts was not a tensor during calibration and stays in full precision.",
     ]
     assert not model[0].input_quantizer.active
 
@@ -195,7 +195,8 @@ def test_what_leaves_the_grid_is_told(function, told):
             return nn.functional.linear(x, changed, self.bias)
 
     words = calibrate(nn.Sequential(Own(4, 4)), QuantConfig(3, None, first_last_bits=None), [torch.randn(8, 4)])
-    assert any(f"by {function}, which may be off the grid" in word for word in words) == told
+    said = f"applies {function} to its quantized weight; the result may be off the grid"
+    assert any(said in word for word in words) == told
 
 
 class Standardized(nn.Conv2d):
@@ -224,7 +225,8 @@ def test_other_views_of_a_weight_leave_the_grid_too(kind, function):
     words = calibrate(
         nn.Sequential(kind(2, 4, 3)), QuantConfig(3, None, first_last_bits=None), [torch.randn(2, 2, 5, 5)]
     )
-    assert [f"by {function}, which may be off the grid" in word for word in words] == [True]
+    said = f"applies {function} to its quantized weight; the result may be off the grid"
+    assert [said in word for word in words] == [True]
 
 
 def test_rows_of_a_weight_that_a_layer_returns_are_an_output():
@@ -411,7 +413,8 @@ def test_a_teacher_whose_features_are_projected_is_told_by_the_part_that_it_is()
         x = torch.randn(4, 8)
         model["head"](x) - model["projection"](model["backbone"](x))
     (told,) = calibrator.finish()
-    assert "backbone.0, backbone.2 are quantized and not trained, and not all that is trained follows them" in told
+    assert "backbone.0, backbone.2 are quantized but not trained, and only some of the trained layers use" in told
+    assert "If they belong to a teacher" in told
     assert "LayerRule(pattern='backbone.*'" in told
 
 

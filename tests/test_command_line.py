@@ -246,7 +246,7 @@ def test_compare_says_where_outputs_part(run, tmp_path, capsys):
     data = ["--data", str(folder / "x.pt"), "--exported", str(tmp_path / "other.safetensors")]
     assert main(["compare", str(folder / "middle.ckpt"), "--module", "models.ConvModule", *data]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if line.endswith("parts here")] == ["point"]
+    assert [line.split()[0] for line in lines if line.endswith("first difference")] == ["point"]
     assert next(line for line in lines if line.startswith("point")).split()[3] == "0.5"
 
 
@@ -389,14 +389,20 @@ def test_a_module_that_is_given_its_network(tmp_path, capsys, monkeypatch):
     ("arguments", "words"),
     [
         (["inspect", "none.ckpt"], "inspect: .*No such file"),
-        (["inspect", "float.pt"], "float.pt must be a checkpoint of a quantized module, and it has no quantizers"),
-        (["inspect", "unsafe.pt"], "unsafe.pt is damaged, or holds other objects .* weights_only=False .--trusted"),
-        (["inspect", "text.ckpt", "--trusted"], "text.ckpt is damaged$"),
+        (["inspect", "float.pt"], "float.pt is not a checkpoint of a quantized module: it has no quantizers"),
+        (
+            ["inspect", "unsafe.pt"],
+            "unsafe.pt is damaged, or contains objects other than .* weights_only=False .--trusted",
+        ),
+        (["inspect", "text.ckpt", "--trusted"], "text.ckpt is damaged, or is not a file that torch.load can read$"),
         (["inspect", "empty.ckpt"], "empty.ckpt is damaged"),
         (["inspect", "half.ckpt"], "half.ckpt is damaged"),
         (["inspect", "short.ckpt"], "short.ckpt is damaged"),
-        (["inspect", "numbered.pt"], "numbered.pt must be a checkpoint or a state_dict, and holds a dict"),
-        (["inspect", "."], "the checkpoint must be a file, and . is a folder of shards"),
+        (
+            ["inspect", "numbered.pt"],
+            "numbered.pt is not a checkpoint or a state_dict: it contains an object of type dict",
+        ),
+        (["inspect", "."], "the checkpoint must be a file, but . is a folder of shards"),
         *(
             (["compare", "state.ckpt", "--module", "models.ConvModule", "--data", name], f"{name} is damaged")
             for name in ("cut.npz", "empty.npy", "empty.npz")
@@ -405,11 +411,11 @@ def test_a_module_that_is_given_its_network(tmp_path, capsys, monkeypatch):
             ["compare", "state.ckpt", "--module", "models.ConvModule", "--data", "x.pt", "--exported", "cut.pt2"],
             "cut.pt2 cannot be read",
         ),
-        (["inspect", "list.pt"], "list.pt must be a checkpoint or a state_dict, and holds a list"),
-        (["inspect", "noscale.pt"], "the state is damaged: it has .*_quantizer.grid and no scale"),
+        (["inspect", "list.pt"], "list.pt is not a checkpoint or a state_dict: it contains an object of type list"),
+        (["inspect", "noscale.pt"], "the state_dict is damaged: it contains .*_quantizer.grid, but no scale"),
         (
             ["export", "state.ckpt", "--module", "models.ConvModule", "--to", "onnx", "--input", "text.ckpt"],
-            "text.ckpt is damaged, or is no .npy, .npz or .pt file of tensors$",
+            "text.ckpt is damaged, or is not a .npy, .npz or .pt file of tensors$",
         ),
         (
             ["export", "state.ckpt", "--module", "models.ConvModule", "--to", "packed", "--module-args", "[1]"],
@@ -430,7 +436,7 @@ def test_a_module_that_is_given_its_network(tmp_path, capsys, monkeypatch):
         ),
         (
             ["export", "state.ckpt", "--module", "models.ConvModule", "--to", "onnx", "--network", "head"],
-            "--input must be given for 'onnx': example_input_array is the module's",
+            "--input must be given for 'onnx': example_input_array belongs to the whole module",
         ),
         (["export", "state.ckpt", "--module", "models.ConvModule", "--to", "onnx"], "--input must be given for 'onnx'"),
         (["export", "state.ckpt", "--module", "models.Data", "--to", "packed"], "--module must be .* got models.Data"),

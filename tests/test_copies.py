@@ -96,7 +96,7 @@ def test_an_average_that_training_does_not_call(other):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_a_copy_that_is_called(requires_grad):
     module = Taught(copy.deepcopy, requires_grad=requires_grad)
-    words = r"other\.0, other\.2, other\.4 compute in training and are copies .*LayerRule\(pattern='other\.\*'"
+    words = r"other\.0, other\.2, other\.4 run in training and are copies .*LayerRule\(pattern='other\.\*'"
     with pytest.warns(UserWarning, match=words):
         trainer([QuantizationAwareTraining(4, 8)], max_epochs=1, limit_val_batches=0).fit(module, data())
     assert [q.bits for q in quantizers(module.net)] == [8, None, 4, 8, 8, 8]
@@ -110,7 +110,7 @@ def test_an_average_that_wants_gradients_is_no_part_of_the_network():
     assert grids(module.other) == grids(module.net)
 
 
-@pytest.mark.filterwarnings("ignore:.*compute in training and are copies")
+@pytest.mark.filterwarnings("ignore:.*run in training and are copies")
 def test_ddp_does_not_wait_for_the_scales_of_a_copy():
     class Look(L.Callback):
         def on_train_end(self, trainer, pl_module):
@@ -179,7 +179,7 @@ def test_a_copy_of_the_whole_module():
 
 def test_a_teacher_of_the_same_architecture_is_no_copy():
     module = Taught(lambda net: network())
-    words = r"Nothing that is trained follows other\.0, other\.2, other\.4, .*LayerRule\(pattern='other\.\*'"
+    words = r"other\.0, other\.2, other\.4 are quantized but not trained, and no .*LayerRule\(pattern='other\.\*'"
     with pytest.warns(UserWarning, match=words):
         trainer([QuantizationAwareTraining(4, 8)], max_epochs=1, limit_val_batches=0).fit(module, data())
     assert [q.bits for q in quantizers(module.other)] == [4, 8, 4, 8, 4, 8]
@@ -260,7 +260,8 @@ def test_a_copy_with_a_tied_weight(called):
         for name in ("net", "average") if called else ("net",):
             model[name](torch.arange(8))
     words = calibrator.finish()
-    assert [word.split(" compute")[0] for word in words] == ["average.embedding, average.middle, average.head"] * called
+    layers = "Layers average.embedding, average.middle, average.head"
+    assert [word.split(" run")[0] for word in words] == [layers] * called
     assert grids(model["average"]) == grids(model["net"])
 
 

@@ -162,7 +162,7 @@ def test_a_layer_called_several_times_has_one_range_and_the_sum_of_the_gradients
 
 def test_what_attention_leaves_in_full_precision_is_told_once():
     model = nn.ModuleDict({"a": attention(), "b": attention()})
-    with pytest.warns(UserWarning, match="^MultiheadAttention a, b: its scores and what .* stay in full precision"):
+    with pytest.warns(UserWarning, match="^MultiheadAttention a, b: its projected .* scores stay in full precision"):
         quantize_model(model, CONFIG)
 
 
@@ -390,7 +390,8 @@ def test_what_a_forward_of_its_own_makes_of_the_weight_is_told():
     x = torch.randn(2, 3, 5, 5)
     words = calibrated(nn.Sequential(Padded(3, 4, 3), WeightStandardised(4, 4, 3)), (x,))
     assert len(words) == 1
-    assert "Layer '1' computes another weight from its quantized one" in words[0]
+    assert words[0].startswith("Layer '1' applies ")
+    assert words[0].endswith(" to its quantized weight; the result may be off the grid.")
 
 
 def test_a_weight_that_is_used_past_its_layer_is_told():
@@ -404,7 +405,7 @@ def test_a_weight_that_is_used_past_its_layer_is_told():
 
     words = calibrated(Tied(), (torch.randint(10, (3,)),))
     assert words == [
-        "The weight of layer 'embedding' is also read outside of the layer, by linear, in full precision there."
+        "The weight of layer 'embedding' is also read outside of the layer, by linear, where it is in full precision."
     ]
 
 

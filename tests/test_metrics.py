@@ -67,7 +67,7 @@ def test_arguments_that_are_refused(states):
         OscillationFrequency([])
     with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], got 1.5"):
         OscillatingShare(["a"], threshold=1.5)
-    with pytest.raises(ValueError, match="got none of 'c'"):
+    with pytest.raises(ValueError, match="got none for 'c'"):
         FrozenShare(["a", "c"]).update(states)
 
 
@@ -115,5 +115,5 @@ def test_sqnr_of_half_precision_and_of_nothing():
 def test_what_is_no_list_of_names_or_of_two_shapes():
     with pytest.raises(TypeError, match="layers must be a sequence of names, got 'abc'"):
         FrozenShare("abc")
-    with pytest.raises(ValueError, match=r"x_q must be of the shape of x, \(2, 3\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"x_q must have the shape of x, \(2, 3\), got \(3,\)"):
         SQNR().update(torch.ones(2, 3), torch.ones(3))

@@ -326,5 +326,5 @@ def test_states_that_make_a_quantizer_stale():
 def test_a_scale_without_its_grid_is_told():
     layer = quantize_model(nn.Sequential(nn.Linear(4, 4)), QuantConfig(3, None))
     parameters = {name: p.detach() for name, p in layer.named_parameters()}  # what is trained, and no buffer
-    with pytest.warns(UserWarning, match="a part of 0.weight_quantizer, but not its grid, which is a buffer"):
+    with pytest.warns(UserWarning, match="entries of 0.weight_quantizer, but not its buffer 'grid'"):
         layer.load_state_dict(parameters, strict=False)

@@ -152,7 +152,7 @@ def test_a_change_in_place_before_the_backward_pass_is_an_error():
         q.scale.requires_grad_(False)  # then autograd itself keeps no version of x
     out = network(x)
     x.add_(1.0)
-    with pytest.raises(RuntimeError, match="in-place operation before the backward"):
+    with pytest.raises(RuntimeError, match="modified in place before the backward"):
         out.sum().backward()
 
 

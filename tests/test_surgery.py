@@ -60,19 +60,20 @@ def test_weights_only_and_activations_only():
 def test_pattern_without_a_match_lists_near_names():
     with pytest.raises(ValueError, match=r"pattern='feature\.a'.*features\.a"):
         quantize_model(Net(), QuantConfig(rules=(LayerRule(pattern="feature.a", weight_bits=8),)))
-    with pytest.raises(ValueError, match="the types there are Conv2d, Embedding, Linear"):
+    with pytest.raises(ValueError, match="without layer_type, it matches layers of type Conv2d, Embedding, Linear"):
         quantize_model(Net(), QuantConfig(rules=(LayerRule(layer_type="Conv1d", weight_bits=8),)))
 
 
 def test_pattern_of_what_holds_layers():
-    with pytest.raises(ValueError, match=r"matches whole names: 'features\.\*' would match.*near names are features\."):
+    words = r"must match the whole name: 'features\.\*' matches the layers.*layer names include features\."
+    with pytest.raises(ValueError, match=words):
         quantize_model(Net(), QuantConfig(rules=(LayerRule(pattern="features", weight_bits=8),)))
 
 
 def test_arguments_of_another_kind():
     with pytest.raises(TypeError, match="config must be a QuantConfig, got 4"):
         quantize_model(Net(), 4)
-    with pytest.raises(TypeError, match=r"module must be a module, got the class Net: make one, Net\(\.\.\.\)"):
+    with pytest.raises(TypeError, match=r"module must be a module, got the class Net: pass an instance, Net\(\.\.\.\)"):
         quantize_model(Net, QuantConfig())
     with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, got 'net'"):
         quantize_model("net", QuantConfig())
@@ -102,7 +103,7 @@ def test_unsupported_layers_are_named_with_the_way_to_leave_them_out():
         (lambda: nn.LazyLinear(4), "is lazy"),
         (lambda: nn.Embedding(4, 4, sparse=True), "sparse gradients"),
         (lambda: nn.Embedding(4, 4, max_norm=2.0), "max_norm=2.0, .* off their grid"),
-        (with_a_forward_of_its_own, "a forward of its own, set on it alone"),
+        (with_a_forward_of_its_own, "a forward that was set on the instance"),
     ):
         net = Net()
         net.odd = make()
@@ -133,7 +134,7 @@ def test_layers_that_share_a_weight_share_its_quantizer():
     other = Net()
     other.output = nn.Linear(4, 10, bias=False)
     other.output.weight = other.embed.weight
-    with pytest.raises(ValueError, match="'output' shares its weight"):
+    with pytest.raises(ValueError, match="and 'output' share a weight"):
         quantize_model(other, QuantConfig(rules=(LayerRule("output", weight_bits=8),)))
     assert not quantized_layers(other)  # nothing half done
 
@@ -255,10 +256,17 @@ class Sealed(nn.Linear):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (WithAQuantizer, "layer '1' has 'input_quantizer' of its own, where quantizers would be. Leave it out with"),
-        (NotYet, "layer '1' has 'quantizers' of its own, where quantizers would be"),
+        (
+            WithAQuantizer,
+            "layer '1' already has an attribute 'input_quantizer', a name that the quantizers need. Leave it out with",
+        ),
+        (NotYet, "layer '1' already has an attribute 'quantizers', a name that the quantizers need"),
         (Given, "layer '1' has no weight of its own.*Leave it out with LayerRule"),
-        (Sealed, "layer '1' is of a class, Sealed, that cannot be subclassed: .*key.* Leave it out with LayerRule"),
+        (
+            Sealed,
+            "layer '1' cannot be quantized, because its class Sealed cannot be subclassed: .*key.* Leave it out with "
+            "LayerRule",
+        ),
     ],
 )
 def test_layers_that_have_no_room_for_quantizers_are_refused_first(kind, words):

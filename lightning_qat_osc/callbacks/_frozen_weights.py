@@ -32,8 +32,8 @@ def release_frozen_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -
     if released:
         for mask in frozen:
             mask.zero_()
-        what = f"its max_bits={max_bits} leaves them out: raise it" if holding else "add IterativeFreezing"
+        what = f"raise its max_bits={max_bits}, which excludes them" if holding else "add IterativeFreezing"
         rank_zero_warn(
-            f"{released} weights that a run before has frozen are free again, because no IterativeFreezing holds them. "
-            f"To keep them frozen, {what}."
+            f"{released} weights that an earlier run froze have been unfrozen, because no IterativeFreezing in this "
+            f"run holds them. To keep them frozen, {what}."
         )

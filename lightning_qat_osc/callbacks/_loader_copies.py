@@ -36,7 +36,7 @@ def independent(loader: Any) -> Any:
         if isinstance(source, Iterator):
             raise MisconfigurationException(
                 f"the training data is a {type(source).__name__}, which can be iterated only once: batches taken from "
-                "it would be lost to training. Give an iterable that makes an iterator of its own each time."
+                "it would be lost to training. Pass an iterable whose __iter__ returns a new iterator each time."
             )
     return _copied(loader, {}, _DEPTH)
 

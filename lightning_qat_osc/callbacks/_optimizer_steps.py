@@ -107,9 +107,9 @@ class OptimizerStepHooks:
             if not getattr(type(optimizer).step, "hooked", False):
                 name = type(optimizer).__name__
                 raise MisconfigurationException(
-                    f"{name}.step calls no hooks, so scales and oscillations cannot follow it, because {name} does not "
-                    "call Optimizer.__init__: call super().__init__(params, defaults) in it, or return the optimizer "
-                    "that it wraps from configure_optimizers."
+                    f"{name}.step calls no optimizer hooks, because {name} does not call Optimizer.__init__, so scales "
+                    "and oscillations cannot follow its steps: call super().__init__(params, defaults) in it, or "
+                    "return the optimizer that it wraps from configure_optimizers."
                 )
             self._handles += [
                 optimizer.register_step_pre_hook(self._before_step),
@@ -122,9 +122,9 @@ class OptimizerStepHooks:
         # set by a gradient scaler that leaves unscaling and skipping to the optimizer
         if getattr(optimizer, "found_inf", None) is not None:
             raise MisconfigurationException(
-                f"{type(optimizer).__name__}(fused=True) unscales gradients and skips steps with inf in them where "
-                "nobody can see it, so scales and oscillations cannot follow: leave fused=True out, or train "
-                "without a gradient scaler (bf16-mixed, 32-true)."
+                f"{type(optimizer).__name__}(fused=True) unscales gradients and skips steps with inf inside the "
+                "optimizer, where no hook sees it, so scales and oscillations cannot follow: remove fused=True, or "
+                "train without a gradient scaler (bf16-mixed, 32-true)."
             )
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         if closure is None:
@@ -163,9 +163,9 @@ class OptimizerStepHooks:
             return  # an optimizer that wraps others takes their steps inside its own
         if any(id(p) in self._scales for group in optimizer.param_groups for p in group["params"]):
             raise MisconfigurationException(
-                f"{type(optimizer).__name__} has made a step that moves quantized layers, and is none of the Trainer's "
-                "optimizers, so scales and oscillations cannot follow: return from configure_optimizers what "
-                "training_step steps with, and call its step()."
+                f"{type(optimizer).__name__} has taken a step on quantized layers, but is not one of the Trainer's "
+                "optimizers, so scales and oscillations cannot follow: return from configure_optimizers the optimizer "
+                "that training_step uses, and call its step()."
             )
 
     def _ensure_begun(self, optimizer: Optimizer) -> None:

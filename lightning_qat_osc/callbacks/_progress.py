@@ -23,7 +23,7 @@ def run_length(trainer: pl.Trainer, what: str) -> int:
     steps = trainer.estimated_stepping_batches
     if not 0 <= steps < math.inf:  # -1 for a loader without a length
         raise MisconfigurationException(
-            f"{what} is annealed over the run, whose number of optimizer steps is not known: set "
+            f"{what} is annealed over the run, but the run's number of optimizer steps is unknown: set "
             "Trainer(max_steps=...), or Trainer(max_epochs=..., limit_train_batches=...) for a loader without a length."
         )
     schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]

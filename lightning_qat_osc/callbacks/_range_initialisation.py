@@ -21,7 +21,7 @@ from lightning_qat_osc.config import QuantConfig
 
 __all__ = ["WatchedSteps", "initialise_ranges", "say_why_there_are_no_ranges"]
 
-_NO_BATCHES = "the training data must have at least 1 batch to initialise ranges from, got 0"
+_NO_BATCHES = "the training data must have at least 1 batch to initialize ranges from, got 0"
 
 
 def initialise_ranges(
@@ -101,10 +101,10 @@ def say_why_there_are_no_ranges(trainer: pl.Trainer) -> None:
         raise MisconfigurationException(f"{_NO_BATCHES}, with limit_train_batches={limit}")
     if trainer.global_step > 0:
         rank_zero_warn(
-            f"Nothing was trained, and the quantizers have no ranges: the run was at its end already, at epoch "
+            f"Nothing was trained, so the quantizers have no ranges: the run had already ended, at epoch "
             f"{trainer.current_epoch} of max_epochs={trainer.max_epochs} and step {trainer.global_step} of "
-            f"max_steps={trainer.max_steps}. Epochs and steps in full precision count: raise the limit, or load "
-            "the weights alone, with load_from_checkpoint, and leave ckpt_path out."
+            f"max_steps={trainer.max_steps}. Epochs and steps in full precision count, too: raise the limit, or load "
+            "only the weights, with load_from_checkpoint, and leave ckpt_path out."
         )
 
 

@@ -35,7 +35,7 @@ def require_quantization(trainer: pl.Trainer, callback: pl.Callback) -> Quantiza
     if callbacks.index(quantization) > callbacks.index(callback):
         raise MisconfigurationException(
             f"QuantizationAwareTraining must come before {name} in the Trainer's callbacks: it inserts the quantizers "
-            "and moves their scales, which the others then read."
+            f"and updates their scales, which {name} then reads."
         )
     return quantization
 
@@ -49,7 +49,7 @@ def require_one(trainer: pl.Trainer, callback: pl.Callback) -> None:
     same = [c for c in trainer.callbacks if type(c) is type(callback)]  # type: ignore[attr-defined]
     if len(same) > 1:
         name = type(callback).__name__
-        raise MisconfigurationException(f"the Trainer's callbacks must have one {name} at most, got {len(same)}")
+        raise MisconfigurationException(f"the Trainer's callbacks must contain at most one {name}, got {len(same)}")
 
 
 def require_averaging_before(trainer: pl.Trainer, callback: pl.Callback) -> None:
@@ -61,7 +61,8 @@ def require_averaging_before(trainer: pl.Trainer, callback: pl.Callback) -> None
     for other in _later(trainer, callback, pl.callbacks.WeightAveraging):
         raise MisconfigurationException(
             f"{type(other).__name__} must come before {type(callback).__name__} in the Trainer's callbacks, and "
-            "after QuantizationAwareTraining: what it swaps in before an evaluation is yet to be prepared for it."
+            f"after QuantizationAwareTraining: {type(callback).__name__} has to prepare the weights that "
+            f"{type(other).__name__} swaps in before an evaluation."
         )
 
 
@@ -77,8 +78,9 @@ def require_freezing_before(trainer: pl.Trainer, callback: pl.Callback) -> None:
         return
     for other in _later(trainer, callback, HoldsFrozenWeights):
         raise MisconfigurationException(
-            f"{type(other).__name__} must come before {type(callback).__name__} in the Trainer's callbacks: after "
-            "WeightAveraging has swapped in averaged weights, it puts those that are frozen back on their integers."
+            f"{type(other).__name__} must come before {type(callback).__name__} in the Trainer's callbacks: it puts "
+            "frozen weights back on their integers after WeightAveraging has swapped in averaged weights, and "
+            f"{type(callback).__name__} must run the model with the resulting weights."
         )
 
 

@@ -112,8 +112,8 @@ class ScaleUpdates:
         for optimizer in optimizers:
             if isinstance(optimizer, LBFGS):
                 raise MisconfigurationException(
-                    "LBFGS evaluates the loss several times a step, in which scales and oscillations have no step of "
-                    "their own: use a first-order optimizer such as SGD or AdamW."
+                    "LBFGS evaluates the loss several times per step, but scales and oscillations are updated only "
+                    "once per step: use a first-order optimizer such as SGD or AdamW."
                 )
         places = {
             id(p): (i, j)
@@ -126,8 +126,8 @@ class ScaleUpdates:
         for name, layer in quantized_layers(module).items():
             if any(id(p) in shared for p in own_parameters(layer)):
                 rank_zero_warn(
-                    f"Several optimizers move layer '{name}', and maybe others: their scales move in the steps of the "
-                    "first of these alone."
+                    f"More than one optimizer has parameters of layer '{name}', and possibly of other layers: their "
+                    "scales are updated only in the steps of the first of these optimizers."
                 )
                 shared.clear()  # warn once
             parameters = sorted(own_parameters(layer), key=Tensor.numel, reverse=True)

@@ -48,10 +48,16 @@ def _share_of_rank(trainer: pl.Trainer, loaders: Sequence[Any], num_batches: int
     """
     sizes = [len(loader) for loader in loaders if isinstance(loader, Sized)]
     replicas = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}  # some ranks may share a replica
-    world = replicas["num_replicas"]
+    rank, world = replicas["rank"], replicas["num_replicas"]
     if len(sizes) < len(loaders) or max(sizes, default=0) < world:
-        return slice(num_batches)
-    return slice(replicas["rank"], world * min(num_batches, max(sizes) // world), world)
+        rank, world = 0, 1
+    limit = trainer.limit_train_batches  # a number of batches, or a share of them
+    if isinstance(limit, int):
+        num_batches = min(num_batches, limit)
+    if len(sizes) == len(loaders):
+        share = limit if isinstance(limit, float) else 1.0
+        num_batches = min(num_batches, int(max(sizes, default=0) // world * share))
+    return slice(rank, world * num_batches, world)
 
 
 def training_batches(
@@ -66,7 +72,7 @@ def training_batches(
     Args:
         trainer: The Trainer.
         pl_module: Its module.
-        num_batches: Maximum number of batches; ``limit_train_batches`` also limits loaders that the Trainer prepared.
+        num_batches: Maximum number of batches; the Trainer's ``limit_train_batches`` holds as well.
 
     Yields:
         Batches; none if there is no training data.

@@ -133,8 +133,9 @@ def _restored_state(module: torch.nn.Module, but: Collection[torch.nn.Module]) -
         moved = [name for name, was in before.items() if now.get(name) != was]
         if moved:
             rank_zero_warn(
-                f"training_step moves {moved[0]} by itself, also when it is run on training batches to look at them: "
-                "give forward_fn, a function of the LightningModule and a batch that only runs the network."
+                f"training_step itself changes {moved[0]}, also in the passes for calibration and batch-norm "
+                "re-estimation: give forward_fn, a function of the LightningModule and a batch that only runs the "
+                "network."
             )
 
 
@@ -228,8 +229,8 @@ def training_pass(
             if sys.version_info >= (3, 11):
                 error.add_note(
                     "This pass over training batches runs training_step on its own: in evaluation mode, without "
-                    "gradients, maybe before the module's own hooks of an epoch or a batch. If that is why it fails, "
-                    "give forward_fn, a function of the LightningModule and a batch that only runs the network."
+                    "gradients, possibly before the module's own hooks of an epoch or a batch. If that is why it "
+                    "fails, give forward_fn, a function of the LightningModule and a batch that only runs the network."
                 )
             raise
 

@@ -41,14 +41,14 @@ def check_strategy(trainer: pl.Trainer) -> None:
     """
     if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise MisconfigurationException(
-            f"{type(trainer.strategy).__name__} keeps weights in flat pieces, which have no scales of their own: "
+            f"{type(trainer.strategy).__name__} stores weights in flat shards, which cannot have scales of their own: "
             "use ModelParallelStrategy, and call lightning_qat_osc.quantize_model before fully_shard in "
             "configure_model."
         )
     if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.precision in ("16-true", "bf16-true"):
         raise MisconfigurationException(
-            f"precision='{trainer.precision}' with ModelParallelStrategy puts weights of 16 bits beside scales of "
-            "32, which FSDP2 does not take in one group: use bf16-mixed, or fully_shard's mp_policy."
+            f"precision='{trainer.precision}' with ModelParallelStrategy mixes 16-bit weights with 32-bit scales in "
+            "one group, which FSDP2 does not support: use bf16-mixed, or fully_shard's mp_policy."
         )
 
 
@@ -61,20 +61,20 @@ def check_callbacks(trainer: pl.Trainer, callback: pl.Callback) -> None:
     name, callbacks = type(callback).__name__, list(trainer.callbacks)  # type: ignore[attr-defined]
     if any(isinstance(other, type(callback)) and other is not callback for other in callbacks):
         raise MisconfigurationException(
-            f"only one {name} can quantize a module: give the Trainer one, and LayerRule(...) in its rules for layers "
-            "that are to differ."
+            f"only one {name} can quantize a module: keep one, and add LayerRule(...) to its rules for layers that "
+            "should differ."
         )
     for other in callbacks:
         if isinstance(other, pl.callbacks.ModelPruning):
             raise MisconfigurationException(
-                f"{name} and ModelPruning exclude each other: both replace the weight that a layer computes with. "
-                "Prune in a run before, and make it permanent."
+                f"{name} and ModelPruning cannot be used together: both replace the weight that a layer computes "
+                "with. Prune in an earlier run, with make_pruning_permanent=True."
             )
     for other in callbacks[: callbacks.index(callback)]:
         if isinstance(other, _COPY_THE_MODEL):
             raise MisconfigurationException(
-                f"{name} must come before {type(other).__name__} in the Trainer's callbacks: that one copies the "
-                "model, and its copy needs the quantizers."
+                f"{name} must come before {type(other).__name__} in the Trainer's callbacks: {type(other).__name__} "
+                "copies the model, and the copy needs the quantizers."
             )
 
 
@@ -101,8 +101,8 @@ def check_layers(pl_module: pl.LightningModule, config: QuantConfig) -> None:
     resized = weights_of_other_sizes(pl_module)
     if resized:
         raise MisconfigurationException(
-            f"{', '.join(resized[:5])} have been replaced by weights of other sizes, which do not have a scale for "
-            "each channel: make a module of the new sizes, in full precision, and take the weights over."
+            f"{', '.join(resized[:5])} were replaced by weights of other shapes, which do not match the per-channel "
+            "scales: create a module with the new shapes, in full precision, and copy the weights into it."
         )
     tied = weights_tied_late(pl_module)
     if tied:
@@ -116,8 +116,8 @@ def warn_of_copied_process(trainer: pl.Trainer, pl_module: pl.LightningModule) -
     """Warn if training runs in copies of the process, and leaves the user's module without quantizers."""
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not quantized_layers(pl_module):
         rank_zero_warn(
-            "Training runs in copies of the process, and gives the latent weights back to a module without "
-            "quantizers. To have it back quantized, call lightning_qat_osc.quantize_model(module, config) with "
+            "Training runs in copies of the process, and only latent weights are copied back, to a module without "
+            "quantizers. To get a quantized module, call lightning_qat_osc.quantize_model(module, config) with "
             "this callback's config before fit, or load a checkpoint with lightning_qat_osc.load_quantized."
         )
 
@@ -130,7 +130,7 @@ def refuse_late_layers(names: list[str]) -> None:
     """
     if names:
         raise MisconfigurationException(
-            f"layers {', '.join(names[:5])} have no quantizers, because they were made after Callback.setup: "
+            f"layers {', '.join(names[:5])} have no quantizers, because they were created after Callback.setup: "
             "call lightning_qat_osc.quantize_model(self, QuantConfig(...)) at the end of configure_model."
         )
 
@@ -139,8 +139,8 @@ def warn_of_late_layers(names: list[str]) -> None:
     """Warn about layers, such as those of a growing network, that were created late and train in full precision."""
     if names:
         rank_zero_warn(
-            f"Layers {', '.join(names[:5])} have been made since training began. They have no quantizers, and stay in "
-            "full precision until the next fit, which gives them some."
+            f"Layers {', '.join(names[:5])} were created after training began. They have no quantizers and stay in "
+            "full precision until the next fit, which inserts them."
         )
 
 
@@ -156,8 +156,8 @@ def warn_of_teachers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None
     ]
     if fixed:
         rank_zero_warn(
-            f"Layers {', '.join(fixed[:5])} have no parameter that is trained, but scales, whose gradients DDP "
-            "waits for. If they run in torch.no_grad(), as a teacher does, leave them in full precision with "
-            f"LayerRule(pattern='{fixed[0]}', weight_bits=None, activation_bits=None), or all of it with a pattern "
-            "such as 'teacher.*'; strategy='ddp_find_unused_parameters_true' trains with them quantized."
+            f"Layers {', '.join(fixed[:5])} have no trainable parameters except their scales, for whose gradients DDP "
+            "waits. If they run in torch.no_grad(), as a teacher does, leave them in full precision with "
+            f"LayerRule(pattern='{fixed[0]}', weight_bits=None, activation_bits=None), or all of the teacher with a "
+            "pattern such as 'teacher.*'; strategy='ddp_find_unused_parameters_true' trains with them quantized."
         )

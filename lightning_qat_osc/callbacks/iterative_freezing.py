@@ -90,14 +90,14 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
         if self.threshold < self._momentum:
             raise MisconfigurationException(
                 f"threshold must be at least the momentum, {self._momentum}, got {self.threshold}: one oscillation "
-                "lifts a frequency of 0 to the momentum, so every weight would freeze at its first. Raise the "
-                "threshold, or lower the momentum to average over more steps."
+                "raises a frequency of 0 to the momentum, so every weight would freeze at its first oscillation. "
+                "Raise the threshold, or lower the momentum to average over more steps."
             )
         lowest = min(self.threshold, self.final_threshold)
         if self.threshold < 2.0 * self._momentum or lowest < self._momentum:
             rank_zero_warn(
                 f"IterativeFreezing's lowest threshold {lowest} is below twice the momentum {self._momentum}: one "
-                "oscillation lifts a frequency of 0 to the momentum, so a weight freezes after one or two of them, "
+                "oscillation raises a frequency of 0 to the momentum, so a weight freezes after one or two of them, "
                 "oscillating or not. Raise the threshold, or lower the momentum to average over more steps."
             )
 

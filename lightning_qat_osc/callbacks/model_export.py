@@ -80,7 +80,7 @@ class ModelExport(pl.Callback):
             raise TypeError(f"network must be the name of a submodule, got {network!r}")
         if dirpath is not None and when == "best":
             raise ValueError(
-                f"dirpath must be None with when='best', whose files are beside checkpoints, got {dirpath!r}"
+                f"dirpath must be None with when='best', whose files are next to checkpoints, got {dirpath!r}"
             )
         self.formats: tuple[ExportFormat, ...] = tuple(formats)
         self._need_input = set(self.formats) != {"packed"}
@@ -105,7 +105,7 @@ class ModelExport(pl.Callback):
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
                 "ModelExport cannot export a model whose weights are sharded over processes: consolidate its "
-                "checkpoint, and use the command `lightning-qat-osc export`."
+                "checkpoint, and export that with the command `lightning-qat-osc export`."
             )
         if self.when == "best" and trainer.checkpoint_callback is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise MisconfigurationException(
@@ -113,19 +113,19 @@ class ModelExport(pl.Callback):
             )
         if self._need_input and trainer.precision in ("16-true", "bf16-true", "64-true"):
             raise MisconfigurationException(
-                f"ModelExport's formats 'onnx' and 'torch' are made from modules in 32 bits, got "
-                f"precision='{trainer.precision}': train with a mixed precision, or export 'packed' alone."
+                f"ModelExport's formats 'onnx' and 'torch' need a module in 32 bits, got "
+                f"precision='{trainer.precision}': train with mixed precision, or export only 'packed'."
             )
         checkpoint = trainer.checkpoint_callback
         if self.when == "best" and isinstance(checkpoint, ModelCheckpoint) and checkpoint.save_top_k == 0:
             raise MisconfigurationException(
-                "ModelExport(when='best') needs a ModelCheckpoint that keeps the best, got save_top_k=0."
+                "ModelExport(when='best') needs a ModelCheckpoint that keeps the best checkpoint, got save_top_k=0."
             )
         folder = self.dirpath if self.when == "fit_end" else getattr(checkpoint, "dirpath", None)
         folder = str(folder or trainer.default_root_dir)
         if "://" in folder:
             raise MisconfigurationException(
-                f"ModelExport writes local files, got {folder}: give dirpath a local folder, with when='fit_end'."
+                f"ModelExport writes local files, got {folder}: set dirpath to a local folder, with when='fit_end'."
             )
         for export_format in self.formats:
             require_packages(export_format)
@@ -143,7 +143,8 @@ class ModelExport(pl.Callback):
             if shared and (self.when == "best" or len(folders) == 1):
                 raise MisconfigurationException(
                     f"two ModelExports with when='{self.when}' would write '{shared[0]}' to the same file: give each a "
-                    "dirpath of its own, with when='fit_end', or export the second network by the command."
+                    "dirpath of its own, with when='fit_end', or export the second network with the command "
+                    "`lightning-qat-osc export`."
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -294,8 +295,8 @@ class ModelExport(pl.Callback):
         if self._example_input is None and self._need_input:
             name = type(network).__name__ if self.network is None else f"'{self.network}'"
             raise MisconfigurationException(
-                f"the forward of {name} was not called in any training batch so far, so there is no example input to "
-                "export it with: give ModelExport the name of the submodule that is, as network, or set the module's "
+                f"the forward of {name} was not called in any training batch so far, so there is no example input for "
+                "the export: set network to a submodule whose forward is called, or set the module's "
                 "example_input_array."
             )
 
@@ -318,9 +319,9 @@ def _by_name(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             arguments.update(arguments.pop(parameter.name, {}))
         if parameter.kind is parameter.VAR_POSITIONAL and arguments.get(parameter.name):
             raise MisconfigurationException(
-                f"ModelExport takes a call by positions or one by names for its example input, and the forward of "
-                f"{type(network).__name__} is called with keywords and with more positions than it names "
-                f"(*{parameter.name}): set the module's example_input_array."
+                f"ModelExport's example input cannot combine keyword arguments with unnamed positional arguments, and "
+                f"the forward of {type(network).__name__} is called with both (*{parameter.name}): set the module's "
+                "example_input_array."
             )
         if parameter.kind is parameter.VAR_POSITIONAL:
             arguments.pop(parameter.name, None)

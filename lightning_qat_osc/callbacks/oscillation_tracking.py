@@ -27,8 +27,7 @@ class OscillationTracking(TracksOscillation):
     Args:
         momentum: Weight of the new value in the moving averages of frequency and integers, in (0, 1]. None: that of
             IterativeFreezing, if the Trainer has it and it sets a momentum, else 0.01.
-        max_bits: Only weights of at most this many bits are tracked, as in the paper, where oscillations do no harm to
-            weights of more bits.
+        max_bits: Only weights of at most this many bits are tracked, as in the authors' code.
 
     Raises:
         TypeError: If an argument is not a number.

@@ -50,7 +50,7 @@ from lightning_qat_osc.surgery import quantizable_layers, quantize_model, unquan
 __all__ = ["QuantizationAwareTraining"]
 
 _FOR_OTHER_BITS = (
-    "To train with other bits, load the weights alone, with load_from_checkpoint(path, strict=False), and leave "
+    "To train with other bits, load only the weights, with load_from_checkpoint(path, strict=False), and leave "
     "ckpt_path out."
 )
 
@@ -205,10 +205,9 @@ class QuantizationAwareTraining(pl.Callback):
         """Note a checkpoint in full precision, whose optimizers have no scales; load sharded oscillation histories."""
         if trainer.state.fn == "fit" and self.state_key not in checkpoint["callbacks"]:
             rank_zero_info(
-                "The checkpoint is one of full precision: quantization-aware training begins from it, at step "
-                f"{checkpoint['global_step']} of the run. Epochs, schedules and annealing count from the run's "
-                "beginning; for a run of its own, load the weights alone, with load_from_checkpoint, and leave "
-                "ckpt_path out."
+                "The checkpoint is in full precision: quantization-aware training continues its run from step "
+                f"{checkpoint['global_step']}. Epochs, schedules and annealing count from the beginning of that run. "
+                "To start a new run, load only the weights, with load_from_checkpoint, and leave ckpt_path out."
             )
             self._float_checkpoint = checkpoint
             if self._scale_updates is not None:  # sharded strategies restore after on_fit_start
@@ -306,8 +305,8 @@ class QuantizationAwareTraining(pl.Callback):
         if scales and not bool(torch.stack(scales).all()):
             raise MisconfigurationException(
                 f"scales of the quantizers are not finite after optimizer step {trainer.global_step}: a loss or "
-                "gradient was NaN or inf in it or shortly before, and weights cannot recover. Lower the learning rate, "
-                "return None from training_step for such batches, or find the operation with "
+                "gradient was NaN or inf in this step or shortly before, and the weights cannot recover. Lower the "
+                "learning rate, return None from training_step for such batches, or find the operation with "
                 "Trainer(detect_anomaly=True)."
             )
 
@@ -350,7 +349,8 @@ class QuantizationAwareTraining(pl.Callback):
         differences = bits_differences(pl_module, self.config)
         if differences:
             raise MisconfigurationException(
-                f"the weights are of another quantization: {'; '.join(differences[:5])}. {_FOR_OTHER_BITS}"
+                f"the weights were quantized with a different configuration: {'; '.join(differences[:5])}. "
+                f"{_FOR_OTHER_BITS}"
             )
 
     def _say_if_uncalibrated(self, pl_module: pl.LightningModule) -> None:
@@ -399,7 +399,9 @@ class QuantizationAwareTraining(pl.Callback):
         """
         differences = config_differences(state_dict["config"], self.config.to_dict())
         if differences:
-            raise ValueError(f"the checkpoint is of another quantization: {differences}. {_FOR_OTHER_BITS}")
+            raise ValueError(
+                f"the checkpoint was quantized with a different configuration: {differences}. {_FOR_OTHER_BITS}"
+            )
         if self._scale_updates is None:
             self._saved_scale_updates = state_dict["scale_updates"]
         elif state_dict["scale_updates"] is not None:

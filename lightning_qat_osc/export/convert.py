@@ -143,17 +143,17 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
     weights, inputs = integer_weights(module), input_grids(module)
     if not weights and not inputs:
         raise ValueError(
-            f"module must have quantizers with ranges to be exported, and {type(module).__name__} has none: train it "
-            "with QuantizationAwareTraining, or load its checkpoint with load_quantized"
+            f"{type(module).__name__} has no calibrated quantizers to export: train it with "
+            "QuantizationAwareTraining, or load its checkpoint with load_quantized"
         )
     for name, layer in quantized_layers(module).items():
         for parameter, w in layer.weight_quantizers().items():
             if w.read_outside is not None and w.calibrated and w.bits is not None:
                 warnings.warn(
                     f"The {parameter} of layer '{name}' is also read outside of the layer, by {w.read_outside}. If the "
-                    "network's forward does that, and not a loss or an average, outputs differ: it reads full "
-                    "precision in the quantized model, and scale times integer in what is made of it now. "
-                    "A LayerRule with weight_bits=None for the layer leaves the weight as it is.",
+                    "model's forward does this (rather than a loss or an average), the outputs of the converted model "
+                    "differ: there the quantized model reads the full-precision weight, and the converted one scale "
+                    "times integer. A LayerRule with weight_bits=None for the layer leaves the weight as it is.",
                     stacklevel=3,
                 )
     arguments = {name: dict(argument_grids(layer)) for name, layer in layers_by_every_name(module).items()}

@@ -94,7 +94,9 @@ def fold_batch_norm(
         try:
             layer_name, layer = graphs.layer_before(norm)
             if graphs_of_defaults.layer_before(norm) != (layer_name, layer):
-                raise CannotFoldError("which layer is before it depends on the arguments that are given")
+                raise CannotFoldError(
+                    "the layer before it differs between a call with all arguments and a call with the defaults"
+                )
             assert norm.running_mean is not None
             assert norm.running_var is not None
             statistics = norm.running_mean, norm.running_var
@@ -129,7 +131,9 @@ def remove_batch_norm(module: nn.Module, norm_name: str, layer_name: str) -> Non
     """
     norm, layer = module.get_submodule(norm_name), module.get_submodule(layer_name)
     if not isinstance(norm, _BatchNorm):
-        raise CannotFoldError(f"'{norm_name}', folded into '{layer_name}', is no batch norm, but {type(norm).__name__}")
+        raise CannotFoldError(
+            f"'{norm_name}', folded into '{layer_name}' in the file, is not a batch norm, but {type(norm).__name__}"
+        )
     for parent in list(module.modules()):
         for child_name, child in list(parent._modules.items()):  # it may have several names
             if child is norm:
@@ -189,7 +193,7 @@ def scaled_channels(weight: IntegerWeight, factor: Tensor, axis: int) -> Integer
     if bool(outside.any()):
         channel = int(outside.nonzero()[0])
         raise CannotFoldError(
-            f"channel {channel} has a negative gamma and a weight at {weight.quant_min}, and the grid has no "
+            f"channel {channel} has a negative gamma and a weight at {weight.quant_min}, but the grid has no "
             f"{-weight.quant_min}"
         )
     return replace(
@@ -299,12 +303,14 @@ class _Graphs:
             CannotFoldError: If there is no such layer, or folding is not possible.
         """
         if norm not in self._calls:
-            raise CannotFoldError(f"no traced forward calls it{self._why_untraced(self.names[norm][0])}")
+            raise CannotFoldError(
+                f"no call to it was found when the model was traced{self._why_untraced(self.names[norm][0])}"
+            )
         if self._counts[norm] > 1:
             raise CannotFoldError("it is called more than once")
         traced, call = self._calls[norm]
         if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-            raise CannotFoldError(f"{type(norm).__name__} has a forward of its own")
+            raise CannotFoldError(f"{type(norm).__name__} overrides forward")
         if norm.running_mean is None or norm.running_var is None:
             raise CannotFoldError("it has no running statistics")
         source = call.args[0] if call.args else call.kwargs["input"]
@@ -314,7 +320,7 @@ class _Graphs:
         layer = traced.get_submodule(str(source.target)) if _calls_module(source) else None
         if not isinstance(layer, _Foldable):
             before = type(layer).__name__ if layer is not None else source.name
-            raise CannotFoldError(f"what comes before it is no convolution and no linear layer, but {before}")
+            raise CannotFoldError(f"its input does not come from a convolution or linear layer, but from {before}")
         name = self.names[layer][0]
         self._check(name, layer, norm, traced, source)
         return name, layer
@@ -338,30 +344,37 @@ class _Graphs:
 
     def _check(self, name: str, layer: _Foldable, norm: _BatchNorm, traced: nn.Module, source: fx.Node) -> None:
         if len(source.users) > 1:
-            raise CannotFoldError(f"the output of '{name}' is used elsewhere, too")
+            raise CannotFoldError(f"the output of '{name}' is also used elsewhere")
         if source in self._kept:
-            raise CannotFoldError(f"the output of '{name}' is left in an attribute or with a hook")
+            raise CannotFoldError(f"the output of '{name}' is kept in an attribute or by a hook")
         if self._counts[layer] > 1:
             raise CannotFoldError(f"'{name}' is called more than once")
         for what in (layer, norm):
             if traced is not self._root and len(self.names[what]) > 1:
-                raise CannotFoldError(f"'{self.names[what][0]}' has several names, and may be called by each")
+                raise CannotFoldError(f"'{self.names[what][0]}' has several names and may be called under each of them")
             own = [p for p in what._parameters.values() if p is not None]
             if any(self._holders[id(p)] > 1 for p in own):
                 raise CannotFoldError(f"'{self.names[what][0]}' shares a parameter with another module")
         if _has_hooks(norm) or layer._forward_hooks:
-            raise CannotFoldError(f"there are forward hooks on it or on '{name}'")
+            raise CannotFoldError(f"it or '{name}' has forward hooks")
         read = {str(node.target) for node in source.graph.nodes if node.op == "get_attr"}
         for what in (layer, norm):
             for key in (*what._parameters, *what._buffers):
                 if any(qualified(self._within(traced, what), key) == attribute for attribute in read):
                     raise CannotFoldError(f"{key} of '{self.names[what][0]}' is read outside of it")
         if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
-            raise CannotFoldError(f"'{name}' has groups, whose output channels lie along two dimensions of its weight")
+            raise CannotFoldError(
+                f"'{name}' is a transposed convolution with groups, whose output channels lie along two dimensions of "
+                "its weight"
+            )
         if norm.num_features != _channels(layer):
-            raise CannotFoldError(f"it has {norm.num_features} channels, and '{name}' gives {_channels(layer)}")
+            raise CannotFoldError(
+                f"it has {norm.num_features} channels, but '{name}' has {_channels(layer)} output channels"
+            )
         if not _is_affine(layer, self._defaults):
-            raise CannotFoldError(f"{type(layer).__name__} '{name}' has a forward of its own, which may do more")
+            raise CannotFoldError(
+                f"{type(layer).__name__} '{name}' overrides forward, and may do more than apply its weight"
+            )
 
     @staticmethod
     def _within(traced: nn.Module, what: nn.Module) -> str:

@@ -66,7 +66,7 @@ def export_model(
         save_packed(module, path)
         return
     if example_input is None:
-        raise ValueError(f"example_input must be what the module's forward takes for '{export_format}', got None")
+        raise ValueError(f"example_input must be an input of the module's forward for '{export_format}', got None")
     if export_format == "onnx":
         export_onnx(module, path, example_input, dynamic_batch=dynamic_batch)
         return

@@ -118,7 +118,7 @@ def _integers(name: str, weight: Tensor, quantizer: WeightQuantizer) -> IntegerW
     assert quantizer.bits is not None
     scale = whole(quantizer.scale).detach().clone()
     if bool(weight.isnan().any()):
-        raise ValueError(f"weight '{name}' must hold numbers to have integers, and it holds NaN")
+        raise ValueError(f"weight '{name}' must not contain NaN to be converted to integers")
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise ValueError(f"the scale of weight '{name}' must be positive and finite, got {scale.flatten().tolist()}")
     per_channel = scale.dim() > 1 or scale.numel() > 1

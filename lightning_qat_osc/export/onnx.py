@@ -70,7 +70,7 @@ def export_onnx(
     projected = [name for name, m in module.named_modules() if isinstance(m, nn.LSTM) and m.proj_size > 0]
     if projected:
         raise RuntimeError(
-            f"torch.onnx cannot export an LSTM with proj_size, as '{projected[0]}' is: it drops the projection"
+            f"torch.onnx cannot export '{projected[0]}', an LSTM with proj_size: it would drop the projection"
         )
     from lightning_qat_osc.export import onnx_graph
 
@@ -91,7 +91,8 @@ def export_onnx(
     written = exported.model.opset_imports.get("")
     if written != opset_version:
         raise ValueError(
-            f"opset_version must be one that this torch can write, got {opset_version}, for which it writes {written}"
+            f"opset_version must be one that this version of torch can write, got {opset_version}, for which it writes "
+            f"{written}"
         )
     onnx_graph.finish(exported.model, program)
     content = onnx_graph.checked(exported.model)

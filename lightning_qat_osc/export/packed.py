@@ -130,7 +130,7 @@ def save_packed(module: nn.Module, path: str | PathLike[str], *, fold_batch_norm
     except KeyError as error:  # a dtype that safetensors does not know
         odd = next(name for name, tensor in tensors.items() if tensor.dtype in error.args)
         raise ValueError(
-            f"state_dict entry '{odd}' is of {tensors[odd].dtype}, which safetensors cannot hold"
+            f"state_dict entry '{odd}' has dtype {tensors[odd].dtype}, which safetensors does not support"
         ) from error
     with written_whole(path) as temporary:
         temporary.write_bytes(content)  # safetensors' save_file makes the file unreadable for other users
@@ -157,8 +157,8 @@ def load_packed(path: str | PathLike[str], module: Module) -> Module:
     check_module("module", module)
     if _hooks(module):
         raise ValueError(
-            f"module must be as its class makes it, and this {type(module).__name__} is converted: its inputs would be "
-            "quantized twice"
+            f"module must be newly created, but this {type(module).__name__} is already converted: its inputs would "
+            "be quantized twice"
         )
     manifest, tensors = _read(path)
     plain = without_quantizers(module)
@@ -256,15 +256,15 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{fspath(path)} is no packed model, or is damaged: {error}") from error
+        raise ValueError(f"{fspath(path)} is not a packed model, or is damaged: {error}") from error
     if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{fspath(path)} is no packed model: its metadata do not say format='{_FORMAT}'")
+        raise ValueError(f"{fspath(path)} is not a packed model: its metadata lacks format='{_FORMAT}'")
     text = metadata.get("manifest", "")
     if _checksum(text, tensors) != metadata.get("sha256"):
-        raise ValueError(f"{fspath(path)} is damaged: its contents do not have the checksum that is written in it")
+        raise ValueError(f"{fspath(path)} is damaged: its contents do not match the stored checksum")
     manifest: dict[str, Any] = json.loads(text)
     if manifest["version"] != _VERSION:
         raise ValueError(
-            f"{fspath(path)} has version {manifest['version']} of the format, and this package reads {_VERSION}"
+            f"{fspath(path)} has version {manifest['version']} of the format, but this package reads version {_VERSION}"
         )
     return manifest, tensors

@@ -84,7 +84,7 @@ def export_program(
     model = integer_model(module)
     odd = {p.dtype for p in model.module.parameters() if p.is_floating_point()} - {torch.float32}
     if odd:
-        raise ValueError(f"module must be in torch.float32, and has parameters of {odd.pop()}: call module.float()")
+        raise ValueError(f"module must be in torch.float32, but has parameters of {odd.pop()}: call module.float()")
     _traceable(model.module, input_dtype)
     program = _trace(model.module, args, kwargs, shapes, type(module).__name__)
     if any(isinstance(child, fx.GraphModule) for child in program.graph_module.children()):
@@ -128,8 +128,8 @@ def _trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise RuntimeError(
-            f"torch.export cannot export {name}: {error}\nWhere the batch dimension is the reason, "
-            "dynamic_batch=False (--fixed-batch on the command line) exports the batch size of example_input alone."
+            f"torch.export cannot export {name}: {error}\nIf the batch dimension is the reason, use "
+            "dynamic_batch=False (--fixed-batch on the command line), which fixes the batch size of example_input."
         ) from error
 
 

@@ -43,7 +43,7 @@ def convert_to_torchao(module: Module) -> Module:
     model = integer_model(module)
     odd = {weight.dtype for weight in model.weights.values()} - {torch.float32}
     if odd:
-        raise ValueError(f"module must be in torch.float32, and has weights of {odd.pop()}: call module.float()")
+        raise ValueError(f"module must be in torch.float32, but has weights of {odd.pop()}: call module.float()")
     made: dict[int, nn.Parameter] = {}
     for key, weight in model.weights.items():
         name, _, parameter = key.rpartition(".")
@@ -55,8 +55,8 @@ def convert_to_torchao(module: Module) -> Module:
             layer.weight = made[id(weight)]
     if not made:
         raise ValueError(
-            f"module must have a linear layer with a quantized weight, and {type(module).__name__} has none: torchao's "
-            "weight-only tensors are those of linear layers. lightning_qat_osc.export.convert takes all layers"
+            f"{type(module).__name__} has no linear layer with a quantized weight, and torchao's weight-only tensors "
+            "support only linear layers: use lightning_qat_osc.export.convert for other layers"
         )
     return cast(Module, model.module)
 

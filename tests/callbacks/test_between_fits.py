@@ -147,7 +147,7 @@ def test_weights_that_have_grown(granularity):
     module.head.bias = nn.Parameter(torch.zeros(5))
     again = trainer([qat(), OscillationTracking()], max_epochs=1)
     if granularity == "per_channel":
-        with pytest.raises(MisconfigurationException, match="head have been replaced by weights of other sizes"):
+        with pytest.raises(MisconfigurationException, match="head were replaced by weights of other shapes"):
             again.fit(module, Data())
     else:
         again.fit(module, Data())

@@ -212,7 +212,7 @@ def froze(**kwargs):
 def test_frozen_weights_that_nobody_holds_are_free_and_said_to_be(others):
     module, frozen = froze()
     assert frozen > 0
-    with pytest.warns(UserWarning, match=f"{frozen} weights that a run before has frozen are free.*add IterativeFreez"):
+    with pytest.warns(UserWarning, match=f"{frozen} weights that an earlier run froze have been unfrozen.*add Iterat"):
         trainer([qat(), *others()], max_epochs=1).fit(module, Data())
     assert not any(s.frozen.any() for s in oscillation_states(module).values())
 
@@ -221,7 +221,7 @@ def test_frozen_weights_of_too_many_bits_are_free():
     module, frozen = froze(weight_bits=3)
     assert frozen > 0
     with (
-        pytest.warns(UserWarning, match=f"{frozen} weights that .* are free.*its max_bits=2 leaves them out: raise it"),
+        pytest.warns(UserWarning, match=f"{frozen} weights .* unfrozen.*raise its max_bits=2, which excludes them"),
         pytest.warns(UserWarning, match="nothing to freeze"),
     ):
         trainer([qat(weight_bits=3), freezing(max_bits=2)], max_epochs=1).fit(module, Data())

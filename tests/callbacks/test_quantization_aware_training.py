@@ -396,7 +396,8 @@ def test_a_weight_that_is_parametrized_after_the_quantizers_is_refused():
 def test_another_configuration_for_the_same_module_is_refused():
     module = ConvModule()
     trainer([qat()], max_steps=1).fit(module, Data())
-    with pytest.raises(ValueError, match=r"quantized already, differently: weight_bits: 3 before, 2 now"):
+    words = "already quantized with a different configuration: weight_bits: 3 before, 2 now"
+    with pytest.raises(ValueError, match=words):
         trainer([qat(weight_bits=2)], max_steps=1).fit(module, Data())
 
 
@@ -447,7 +448,7 @@ def test_a_frozen_teacher_is_not_the_last_layer():
             return super().training_step(batch, batch_idx) + F.cross_entropy(self(batch[0]), target) + target.sum() * 0
 
     module = Distilled()
-    with pytest.warns(UserWarning, match="Nothing that is trained follows teacher, which are quantized"):
+    with pytest.warns(UserWarning, match="Layers teacher are quantized but not trained, and no trained layer uses"):
         trainer([qat()], max_steps=1).fit(module, Data())
     assert (module.stem.weight_quantizer.bits, module.head.weight_quantizer.bits) == (8, 8)
     assert module.teacher.weight_quantizer.bits == 3
@@ -467,7 +468,7 @@ def test_a_checkpoint_of_another_quantization_is_refused(tmp_path):
     t.fit(ConvModule(), Data())
     t.save_checkpoint(tmp_path / "a.ckpt")
     other = trainer([qat(weight_bits=4, rules=[LayerRule("head", weight_bits=6)])], max_epochs=3)
-    with pytest.raises(ValueError, match=r"another quantization: weight_bits: 3 before, 4 now; rules"):
+    with pytest.raises(ValueError, match=r"with a different configuration: weight_bits: 3 before, 4 now; rules"):
         other.fit(ConvModule(), Data(), ckpt_path=tmp_path / "a.ckpt")
 
 
@@ -717,16 +718,16 @@ def test_a_loss_network_made_by_the_modules_own_on_fit_start_is_told():
         def on_fit_start(self):
             self.loss_network = nn.Linear(3, 3).requires_grad_(False)
 
-    with pytest.warns(UserWarning, match="loss_network have been made since training began"):
+    with pytest.warns(UserWarning, match="loss_network were created after training began"):
         trainer([qat()]).fit(WithLoss(), Data())
 
 
 @pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start", "on_train_epoch_end"])
 def test_layers_made_while_training_are_told_once_and_quantized_by_the_next_fit(hook):
     module = Growing(hook)
-    with pytest.warns(UserWarning, match=r"head\.1 have been made since training began") as told:
+    with pytest.warns(UserWarning, match=r"head\.1 were created after training began") as told:
         trainer([qat()], max_epochs=3).fit(module, Data())
-    assert len([w for w in told if "since training began" in str(w.message)]) == 1
+    assert len([w for w in told if "after training began" in str(w.message)]) == 1
     trainer([qat()]).fit(module, Data())
     assert all(q.calibrated for q in module.head[1].quantizers())
 

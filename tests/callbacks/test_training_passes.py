@@ -98,7 +98,7 @@ def test_a_training_step_that_moves_parameters_by_itself_is_told(past_autograd):
                 self.target.lerp_(torch.ones(3), 0.1)
             return super().training_step(batch, batch_idx)
 
-    with pytest.warns(UserWarning, match="training_step moves target by itself"):
+    with pytest.warns(UserWarning, match="training_step itself changes target"):
         trainer([QuantizationAwareTraining(3, 3)], max_steps=1).fit(Momentum(), Data())
 
 
@@ -322,7 +322,8 @@ def test_what_a_copy_leaves_alone(tmp_path):
 
 
 def of_three(rank):
-    return SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 3, "rank": rank})
+    kwargs = {"num_replicas": 3, "rank": rank}
+    return SimpleNamespace(distributed_sampler_kwargs=kwargs, limit_train_batches=1.0)
 
 
 @pytest.mark.parametrize("batches", [5, 6, 100])
@@ -337,8 +338,30 @@ def test_outside_fit_ranks_take_as_many_batches_each_and_none_twice(batches, num
 
 
 def test_outside_fit_ranks_share_what_is_too_little_for_all():
-    shares = [_share_of_rank(of_three(rank), [range(2)], 5) for rank in range(3)]
-    assert shares == [slice(5)] * 3
+    shares = [range(2)[_share_of_rank(of_three(rank), [range(2)], 5)] for rank in range(3)]
+    assert shares == [range(2)] * 3
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(3, 3), (0.5, 4), (100, 8), (1.0, 8), (0, 0)])
+def test_the_trainers_limit_holds_outside_fit_too(limit, expected):
+    run = []
+    reestimation = BatchNormReestimation(50, forward_fn=lambda module, batch: run.append(module(batch[0])))
+    module, data = ConvModule(), Data()
+    assert len(data.train_dataloader()) == 8
+    trainer([QuantizationAwareTraining(3, 3)], max_epochs=1).fit(module, data)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is no training data")  # with none of it
+        callbacks = [QuantizationAwareTraining(3, 3), reestimation]
+        trainer(callbacks, limit_train_batches=limit).validate(module, data, verbose=False)
+    assert len(run) == expected
+
+
+def test_the_trainers_limit_holds_for_a_stream():
+    without_length = iter(range(100))
+    share = _share_of_rank(
+        SimpleNamespace(distributed_sampler_kwargs=None, limit_train_batches=3), [without_length], 50
+    )
+    assert list(range(100))[share] == [0, 1, 2]
 
 
 def test_generators_of_modules_and_data_modules_go_on_as_without_passes():

@@ -246,26 +246,32 @@ def test_what_can_be_folded(make):
     [
         (lambda: Net(lambda n, x: n.norm(n.conv(x)) + n.norm(x)), "it is called more than once"),
         (lambda: Net(lambda n, x: n.norm(n.conv(n.conv(x)))), "'conv' is called more than once"),
-        (lambda: Net(lambda n, x: n.norm(y := n.conv(x)) + y), "the output of 'conv' is used elsewhere"),
+        (lambda: Net(lambda n, x: n.norm(y := n.conv(x)) + y), "the output of 'conv' is also used elsewhere"),
         (lambda: Net(lambda n, x: n.norm(n.conv(x)) + n.conv.weight.sum()), "weight of 'conv' is read outside"),
         (lambda: Net(lambda n, x: n.norm(n.conv(x)) + n.norm.running_mean.sum()), "running_mean of 'norm' is read"),
-        (lambda: Net(lambda n, x: n.norm(y := n.nothing(n.conv(x))) + y), "but Identity"),
-        (lambda: Net(lambda n, x: n.norm(hooked(n.nothing)(n.conv(x)))), "but Identity"),
-        (lambda: Net(lambda n, x: n.norm(F.relu(n.conv(x)))), "no convolution and no linear layer, but relu"),
-        (lambda: Net(lambda n, x: n.conv(n.norm(x))), "no convolution and no linear layer, but x"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)), "linear layer, but ReLU"),
-        (lambda: Net(lambda n, x: n.conv(x)), "no traced forward calls it"),
+        (lambda: Net(lambda n, x: n.norm(y := n.nothing(n.conv(x))) + y), "but from Identity"),
+        (lambda: Net(lambda n, x: n.norm(hooked(n.nothing)(n.conv(x)))), "but from Identity"),
+        (
+            lambda: Net(lambda n, x: n.norm(F.relu(n.conv(x)))),
+            "not come from a convolution or linear layer, but from relu",
+        ),
+        (lambda: Net(lambda n, x: n.conv(n.norm(x))), "not come from a convolution or linear layer, but from x"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)), "linear layer, but from ReLU"),
+        (lambda: Net(lambda n, x: n.conv(x)), "no call to it was found when the model was traced"),
         (lambda: Net(plainly, norm=nn.BatchNorm2d(3, track_running_stats=False)), "it has no running statistics"),
-        (lambda: Net(plainly, norm=OwnNorm(3)), "OwnNorm has a forward of its own"),
-        (lambda: Net(plainly, norm=hooked(nn.BatchNorm2d(3))), "there are forward hooks"),
-        (lambda: Net(plainly, conv=Activated(3, 3, 1)), "Activated 'conv' has a forward of its own"),
-        (lambda: Net(plainly, conv=ActivatedByDefault(3, 3, 1)), "ActivatedByDefault 'conv' has a forward of its own"),
-        (lambda: Net(plainly, conv=Remembering(3, 3, 1)), "Remembering 'conv' has a forward of its own"),
-        (lambda: Net(plainly, conv=OwnConvolution(3, 3, 1)), "OwnConvolution 'conv' has a forward of its own"),
-        (lambda: Net(plainly, conv=nn.ConvTranspose2d(3, 3, 1, groups=3)), "'conv' has groups"),
+        (lambda: Net(plainly, norm=OwnNorm(3)), "OwnNorm overrides forward"),
+        (lambda: Net(plainly, norm=hooked(nn.BatchNorm2d(3))), "it or 'conv' has forward hooks"),
+        (lambda: Net(plainly, conv=Activated(3, 3, 1)), "Activated 'conv' overrides forward"),
+        (lambda: Net(plainly, conv=ActivatedByDefault(3, 3, 1)), "ActivatedByDefault 'conv' overrides forward"),
+        (lambda: Net(plainly, conv=Remembering(3, 3, 1)), "Remembering 'conv' overrides forward"),
+        (lambda: Net(plainly, conv=OwnConvolution(3, 3, 1)), "OwnConvolution 'conv' overrides forward"),
+        (
+            lambda: Net(plainly, conv=nn.ConvTranspose2d(3, 3, 1, groups=3)),
+            "'conv' is a transposed convolution with groups",
+        ),
         (
             lambda: Net(plainly, conv=nn.Linear(5, 5), norm=nn.BatchNorm2d(3)),
-            "it has 3 channels, and 'conv' gives 5",
+            "it has 3 channels, but 'conv' has 5 output channels",
         ),
     ],
 )
@@ -319,7 +325,9 @@ class Branching(nn.Module):
 def test_below_a_module_that_cannot_be_traced():
     x = torch.randn(4, 3, 5, 5)
     model = calibrated(Branching(), x)
-    with pytest.warns(UserWarning, match="'norm' is not folded: no .* calls it; the model cannot be traced"):
+    with pytest.warns(
+        UserWarning, match="'norm' is not folded: no call to it was found .*; the model cannot be traced"
+    ):
         folded = convert(model, fold_batch_norm=True)
     assert isinstance(folded.body[1], nn.Identity)
     assert torch.equal(folded.last, x)  # not a proxy
@@ -351,7 +359,8 @@ def test_the_nearest_module_that_cannot_be_traced_is_named():
     model = calibrated(nn.Sequential(Padding(), nn.Sequential(Padding())), torch.randn(4, 3, 5, 5))
     kept = integer_model(model, fold_batch_norm=True).folding.kept
     assert set(kept) == {"0.norm", "1.0.norm"}
-    assert kept["1.0.norm"].startswith("no traced forward calls it; '1.0' cannot be traced: TypeError: int() argument")
+    words = "no call to it was found when the model was traced; '1.0' cannot be traced: TypeError: int() argument"
+    assert kept["1.0.norm"].startswith(words)
 
 
 def test_a_norm_of_two_names_in_one_module_is_folded_under_both():
@@ -384,9 +393,9 @@ def norm_of_what_is_given(net, x, skip):
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (added_to_itself, "the output of 'conv' is used elsewhere, too"),
-        (through_one_or_the_other, "which layer is before it depends on the arguments"),
-        (norm_of_what_is_given, "no convolution and no linear layer, but x"),
+        (added_to_itself, "the output of 'conv' is also used elsewhere"),
+        (through_one_or_the_other, "the layer before it differs between a call with all arguments"),
+        (norm_of_what_is_given, "not come from a convolution or linear layer, but from x"),
     ],
 )
 def test_what_a_forward_does_without_an_argument_counts(call, reason):
@@ -437,10 +446,10 @@ def by_a_hook():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: Later(Net(in_an_attribute), lambda net: net.last), "the output of 'body.conv' is left"),
-        (lambda: Later(Net(in_a_dictionary), lambda net: net.seen["outputs"][0]), "the output of 'body.conv' is left"),
-        (lambda: Later(Net(behind_nothing), lambda net: net.last), "but Identity"),
-        (by_a_hook, "the output of 'body.0.0' is left in an attribute or with a hook"),
+        (lambda: Later(Net(in_an_attribute), lambda net: net.last), "the output of 'body.conv' is kept"),
+        (lambda: Later(Net(in_a_dictionary), lambda net: net.seen["outputs"][0]), "the output of 'body.conv' is kept"),
+        (lambda: Later(Net(behind_nothing), lambda net: net.last), "but from Identity"),
+        (by_a_hook, "the output of 'body.0.0' is kept in an attribute or by a hook"),
     ],
 )
 def test_an_output_that_is_read_later_is_not_folded(make, reason):
@@ -504,5 +513,7 @@ def test_a_file_that_was_folded_does_not_fit_where_the_norm_is_another_module(tm
     x, layers = torch.randn(4, 3, 5, 5), lambda norm: nn.Sequential(nn.Conv2d(3, 3, 1), norm, nn.Conv2d(3, 3, 1))
     save_packed(calibrated(layers(nn.BatchNorm2d(3)), x), tmp_path / "m.safetensors", fold_batch_norm=True)
     load_packed(tmp_path / "m.safetensors", layers(nn.BatchNorm2d(3)))
-    with pytest.raises(ValueError, match="does not fit Sequential: '1', folded into '0', is no batch norm, but ReLU"):
+    with pytest.raises(
+        ValueError, match="does not fit Sequential: '1', folded into '0' in the file, is not a batch norm, but ReLU"
+    ):
         load_packed(tmp_path / "m.safetensors", layers(nn.ReLU()))

@@ -201,7 +201,7 @@ def test_a_hook_that_filters_the_state(runs):
     loaded = load_quantized(Filtering, folder / "full.ckpt")
     with torch.no_grad():
         assert torch.equal(loaded.eval()(X), module(X))
-    with pytest.raises(ValueError, match="on_load_checkpoint of Forgetful leaves the quantizers"):
+    with pytest.raises(ValueError, match="Forgetful.on_load_checkpoint drops the quantizers"):
         load_quantized(Forgetful, folder / "full.ckpt")
 
 
@@ -231,7 +231,7 @@ def test_a_checkpoint_of_a_device_that_is_not_here(runs, tmp_path):
 
 def test_weights_only_needs_a_configuration(runs):
     folder, module = runs
-    with pytest.raises(ValueError, match="does not say how it is quantized.*config"):
+    with pytest.raises(ValueError, match="does not contain its quantization configuration.*config="):
         load_quantized(ConvModule, folder / "weights.ckpt")
     loaded = load_quantized(ConvModule, folder / "weights.ckpt", QuantConfig(2, 3))
     with torch.no_grad():
@@ -262,7 +262,7 @@ def test_a_run_that_was_over_in_full_precision_trains_nothing(runs, caplog):
         ),
     ):
         trainer([QuantizationAwareTraining(2, 3)], max_epochs=2).fit(module, Data(), ckpt_path=folder / "float.ckpt")
-    assert "begins from it, at step 16 of the run" in caplog.text
+    assert "continues its run from step 16" in caplog.text
     assert not any(q.calibrated for q in quantizers(module))
 
 
@@ -303,12 +303,20 @@ def test_into_the_plain_float_model(runs):
 @pytest.mark.parametrize(
     ("change", "full", "weights"),
     [
-        ({"weight_bits": 4}, "weight_bits: 2 before, 4 now", "weight of layer 'depthwise' has 2 bits, not 4 or 8"),
-        ({"activation_bits": 4}, "activation_bits: 3 before, 4", "input of layer 'depthwise' has 3 bits, not 4 or 8"),
+        (
+            {"weight_bits": 4},
+            "weight_bits: 2 before, 4 now",
+            "weight of layer 'depthwise' has 2 bits instead of 4 or 8",
+        ),
+        (
+            {"activation_bits": 4},
+            "activation_bits: 3 before, 4",
+            "input of layer 'depthwise' has 3 bits instead of 4 or 8",
+        ),
         (
             {"rules": (LayerRule("point", weight_bits=4),)},
             "rules: .* before, .*'pattern': 'point'.* now",
-            r"weight of layer 'point' has 2 bits, not 4\.",
+            r"weight of layer 'point' has 2 bits instead of 4\.",
         ),
     ],
 )  # fmt: skip
@@ -323,7 +331,8 @@ def test_other_bits_or_rules_are_refused_with_what_differs(runs, change, full, w
 @pytest.mark.parametrize(("bits", "what"), [((2, None), "input"), ((None, 3), "weight")])
 def test_bits_that_became_none_are_refused_with_the_layer(runs, bits, what):
     folder, _ = runs
-    words = f"layer 'depthwise' is of another quantization: its {what} has bits in the state, and None here"
+    words = f"layer 'depthwise' was quantized with a different configuration: its {what} has bits in the state_dict, "
+    words += "but is in full precision here"
     with pytest.raises(RuntimeError, match=words):
         trainer([QuantizationAwareTraining(*bits)]).fit(ConvModule(), Data(), ckpt_path=folder / "full.ckpt")
 
@@ -331,9 +340,7 @@ def test_bits_that_became_none_are_refused_with_the_layer(runs, bits, what):
 @pytest.mark.parametrize("name", ["full.ckpt", "weights.ckpt"])
 def test_load_quantized_refuses_a_configuration_of_other_bits(runs, name):
     folder, _ = runs
-    with pytest.raises(
-        ValueError, match="config is of another quantization than .*weight of layer 'depthwise' has 2 bits"
-    ):
+    with pytest.raises(ValueError, match="config does not match .*weight of layer 'depthwise' has 2 bits"):
         load_quantized(ConvModule, folder / name, QuantConfig(4, 3))
 
 
@@ -360,7 +367,7 @@ def test_a_truncated_file_loses_nothing(runs, tmp_path, share):
 
 
 def test_a_folder_of_shards_is_refused_with_the_way_out(tmp_path):
-    words = r"is a folder of shards: put them together with .*lightning\.fabric\.utilities\.consolidate_checkpoint"
+    words = r"is a folder of shards: consolidate it with .*lightning\.fabric\.utilities\.consolidate_checkpoint"
     with pytest.raises(ValueError, match=words):
         load_quantized(ConvModule, tmp_path)
 

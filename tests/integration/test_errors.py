@@ -167,12 +167,15 @@ def test_bits_of_a_rule_are_held_to_the_same(name):
 def test_a_rule_names_layers_and_types_by_strings():
     with pytest.raises(TypeError, match=r"^LayerRule\.pattern must be a string, got 3"):
         LayerRule(3, weight_bits=4)
-    with pytest.raises(TypeError, match=r"^LayerRule\.layer_type must be a string, .*, of which the name is 'Conv2d'"):
+    with pytest.raises(TypeError, match=r"^LayerRule\.layer_type must be a string, .*; use its name, 'Conv2d'"):
         LayerRule(layer_type=nn.Conv2d, weight_bits=4)
 
 
 def test_a_rule_for_inputs_that_are_indices():
-    words = r"^LayerRule\(layer_type='Embedding'\) sets activation_bits of Embedding alone, whose input is indices"
+    words = (
+        r"^LayerRule\(layer_type='Embedding'\) sets activation_bits, "
+        "but matches only Embedding, whose inputs are indices"
+    )
     with pytest.raises(ValueError, match=words):
         quantize_model(nn.Embedding(3, 4), QuantConfig(rules=[LayerRule(layer_type="Embedding", activation_bits=4)]))
 
@@ -184,7 +187,11 @@ def test_bits_in_place_of_a_type():
 
 @pytest.mark.parametrize(
     ("name", "meaning"),
-    [("weight_bits", "full precision"), ("activation_bits", "full precision"), ("first_last_bits", "those of the .*")],
+    [
+        ("weight_bits", "full precision"),
+        ("activation_bits", "full precision"),
+        ("first_last_bits", "the same bits as the .*"),
+    ],
 )
 def test_full_precision_is_no_width(name, meaning):
     with pytest.raises(ValueError, match=f"^{name} must be from 2 to 8, or None for {meaning}, got 32"):
@@ -205,7 +212,7 @@ def test_what_can_be_meant_is_taken():
         (
             [{"pattern": "head", "weight_bits": 4}],
             TypeError,
-            r"rules must be LayerRule objects, got \{'pattern': 'head', .*\}: LayerRule\(\*\*rule\) makes",
+            r"rules must be LayerRule objects, got \{'pattern': 'head', .*\}; convert it with LayerRule\(\*\*rule\)",
         ),
         (["head"], TypeError, "rules must be LayerRule objects, got 'head'"),
         (LayerRule("head", weight_bits=4), TypeError, "rules must be a list of LayerRule objects"),
@@ -219,8 +226,11 @@ def test_a_rule_that_is_none(rules, error, words):
 @pytest.mark.parametrize(
     ("rules", "words"),
     [
-        ([LayerRule("haed", weight_bits=4)], r"LayerRule\(pattern='haed'\) matches no layer; near names are head"),
-        ([LayerRule("head", "Conv2d", weight_bits=4)], "matches no layer; the types there are Linear"),
+        ([LayerRule("haed", weight_bits=4)], r"LayerRule\(pattern='haed'\) matches no layer; layer names include head"),
+        (
+            [LayerRule("head", "Conv2d", weight_bits=4)],
+            "matches no layer; without layer_type, it matches layers of type Linear",
+        ),
         (
             [LayerRule("point", weight_bits=3), LayerRule(layer_type="Conv2d", weight_bits=4)],
             r"contradict each other for layer 'point': LayerRule\(pattern='point'\) sets weight_bits=3, "
@@ -240,7 +250,7 @@ def test_rules_that_match_nothing_or_contradict_each_other(rules, words):
 def test_nothing_is_left_to_quantize():
     everything = [LayerRule("*", weight_bits=None, activation_bits=None)]
     refused("arguments of QuantizationAwareTraining leave every layer in full precision", [qat(rules=everything)])
-    refused("Bare has no layer to quantize: none of Conv", [qat()], module=Bare())
+    refused("Bare has no layer to quantize: it contains none of Conv", [qat()], module=Bare())
 
 
 def test_rules_that_agree_do_not_contradict_each_other():
@@ -301,7 +311,7 @@ def test_one_of_a_kind(name):
         with pytest.raises(RuntimeError, match=f"more than one stateful callback of type `{name}`"):
             trainer([qat(), OTHERS[name](), OTHERS[name]()])
         return
-    words = f"the Trainer's callbacks must have one {name} at most, got 2"
+    words = f"the Trainer's callbacks must contain at most one {name}, got 2"
     refused(words, [qat(), OTHERS[name](), OTHERS[name]()])
 
 
@@ -348,7 +358,7 @@ class Empty(L.LightningDataModule):
         return loader(16)
 
 
-NO_BATCH = "training data must have at least 1 batch to initialise ranges from, got 0"
+NO_BATCH = "training data must have at least 1 batch to initialize ranges from, got 0"
 
 
 @pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero")

@@ -175,7 +175,7 @@ def test_weights_of_two_optimizers_are_told():
         def optimizers(self, *args, **kwargs):
             return super().optimizers(*args, **kwargs)[0]
 
-    with pytest.warns(UserWarning, match="Several optimizers move layer 'head', .* the first of these alone"):
+    with pytest.warns(UserWarning, match="More than one optimizer has .* 'head', .* only in the steps of the first"):
         trainer(all_callbacks()[:1], max_steps=2).fit(Two(), Data())
 
 
@@ -552,7 +552,7 @@ def test_lbfgs_is_refused_before_the_first_step(manual):
         def training_step(self, batch, batch_idx):
             raise AssertionError("was refused before")
 
-    with pytest.raises(MisconfigurationException, match="LBFGS evaluates the loss several times a step"):
+    with pytest.raises(MisconfigurationException, match="LBFGS evaluates the loss several times per step"):
         trainer(all_callbacks(forward_fn=run_network)).fit(Lbfgs(), Data())
 
 

@@ -267,7 +267,7 @@ def test_fused_optimizers_under_a_gradient_scaler_are_refused(optimizer):
 
     module = Fused()
     weights = {n: p.detach().clone() for n, p in module.named_parameters()}
-    with pytest.raises(MisconfigurationException, match=f"{optimizer}.fused=True.*leave fused=True out"):
+    with pytest.raises(MisconfigurationException, match=f"{optimizer}.fused=True.*remove fused=True"):
         trainer(all_callbacks(), **precision("16-mixed")).fit(module, Data())
     assert all(torch.equal(module.get_parameter(n), w) for n, w in weights.items())
 

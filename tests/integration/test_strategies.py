@@ -154,9 +154,9 @@ def test_oscillation_state_is_never_broadcast(runs):
 def test_a_training_in_copies_of_the_process_gives_back_what_it_was_given(runs, strategy):
     (plain,), told = runs("--strategy", strategy, "--epochs", "1")
     assert plain["quantized"] == []
-    assert "gives the latent weights back to a module without quantizers" in " ".join(told.split())
+    assert "only latent weights are copied back, to a module without quantizers" in " ".join(told.split())
     (quantized,), told = runs("--strategy", strategy, "--epochs", "1", "--quantize-first")
-    assert "gives the latent weights back" not in " ".join(told.split())
+    assert "latent weights are copied back" not in " ".join(told.split())
     (ddp, _), _ = runs("--strategy", "ddp", "--epochs", "1")
     for key in ("quantized", "scales", "integers", "frozen", "frequency"):
         assert quantized[key] == ddp[key], key
@@ -200,7 +200,7 @@ def test_flat_parameters_are_refused(process_group_of_its_own):
         """Lightning and torch refuse FSDPStrategy itself on a CPU, later."""
 
     t = trainer([QuantizationAwareTraining()], strategy=OnCPU(process_group_backend="gloo"))
-    with pytest.raises(MisconfigurationException, match="OnCPU keeps.*use ModelParallelStrategy"):
+    with pytest.raises(MisconfigurationException, match="OnCPU stores weights in flat .*use ModelParallelStrategy"):
         t.fit(ConvModule(), Data())
 
 
@@ -233,7 +233,7 @@ def test_a_teacher_is_told_of(process_group_of_its_own):
         t.fit(Distilled(), Data())
 
     with (
-        pytest.warns(UserWarning, match=r"Layers teacher\.1 have no parameter .*LayerRule\(pattern='teacher\.1'"),
+        pytest.warns(UserWarning, match=r"Layers teacher\.1 have no trainable .*LayerRule\(pattern='teacher\.1'"),
         pytest.raises(RuntimeError, match="not used in producing the loss"),
     ):
         fit()
@@ -246,6 +246,6 @@ def test_deepspeed_is_refused():
             """Without deepspeed, which is not installed here."""
 
     module = ConvModule()
-    with pytest.raises(MisconfigurationException, match="Deep keeps.*use ModelParallelStrategy"):
+    with pytest.raises(MisconfigurationException, match="Deep stores weights in flat .*use ModelParallelStrategy"):
         QuantizationAwareTraining().setup(SimpleNamespace(strategy=Deep()), module, "fit")
     assert not quantized_layers(module)

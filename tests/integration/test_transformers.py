@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*below twice the momentum.*"),
     pytest.mark.filterwarnings("ignore:Parameters outside the layers.*stay in full precision"),
     pytest.mark.filterwarnings("ignore:.*was not called during calibration.*"),
-    pytest.mark.filterwarnings("ignore:.*is all zero; the range is that of torch's default.*"),
+    pytest.mark.filterwarnings("ignore:.*is all zero; the range is set as for torch's default.*"),
     pytest.mark.filterwarnings("ignore:.*was 0 throughout calibration.*"),
     pytest.mark.filterwarnings("ignore:.*computes its weight from other parameters.*"),
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*"),
