@@ -19,7 +19,7 @@ SCRIPTS = {
     "memory": "Memory",
     "launches": "Operators a step",
     "reestimation": "Batch-norm re-estimation",
-    "range_initialisation": "Insertion and range initialization of 25 million weights",
+    "range_initialization": "Insertion and range initialization of 25 million weights",
 }
 
 

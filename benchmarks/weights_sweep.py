@@ -17,7 +17,7 @@ from torch import nn
 from lightning_qat_osc import QuantConfig, quantize_model
 from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.lookup import QuantizedWeight, quantized_weights
-from lightning_qat_osc.sweep import advance_states, dampen_and_pass_on, in_batches
+from lightning_qat_osc.sweep import advance_states, dampen_and_pass_on, make_batches
 
 
 def tracked(layers: int, width: int) -> list[QuantizedWeight]:
@@ -40,7 +40,7 @@ def sweep(weights: list[QuantizedWeight], fused: bool) -> Callable[[], None]:
     """Return a function that does all work of the oscillation callbacks in a step."""
     for w in weights:
         w.quantizer.fused = fused
-    batches = in_batches(weights)
+    batches = make_batches(weights)
 
     def step() -> None:
         dampen_and_pass_on(batches, 1e-6, "sum")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat_osc.checks import check_module
-from lightning_qat_osc.modes import evaluating
+from lightning_qat_osc.modes import evaluation_mode
 
 __all__ = ["batch_norm_divergence", "batch_norm_layers", "batch_statistics", "reestimate_batch_norm"]
 
@@ -163,7 +163,7 @@ def reestimate_batch_norm(
     run = module if forward is None else forward
     layers = batch_norm_layers(module) if layers is None else layers
     seen = False
-    with evaluating(module), batch_statistics(list(layers.values())) as moments:
+    with evaluation_mode(module), batch_statistics(list(layers.values())) as moments:
         for batch in batches:
             run(batch)
             seen = True

@@ -67,7 +67,7 @@ class Calibrator:
         self._seen.finish()
         self._check_recomputation()
         copies = untrained_copies(self._layers, self._trained)
-        warnings = [*self._of_untrained(copies), *self._of_weights()]
+        warnings = [*self._untrained_warnings(copies), *self._weight_warnings()]
         if self._config.first_last_bits is not None:
             warnings += self._set_first_last_bits(self._config.first_last_bits)
         followers = self._set_bits_of(copies)
@@ -76,13 +76,13 @@ class Calibrator:
                 w.read_outside = self._seen.weights.read_outside.get(weight_name(name, parameter), w.read_outside)
             warnings += [f"Layer '{name}': {problem}." for problem in self._calibrate(name, layer, followers)]
         for x, original in followers.items():
-            x.take_over(original)
+            x.copy_range(original)
         return warnings
 
-    def _of_untrained(self, copies: Collection[str]) -> Iterator[str]:
+    def _untrained_warnings(self, copies: Collection[str]) -> Iterator[str]:
         """Yield warnings about layers that are not trained, except backbones, and about copies of trained layers."""
         if dist.is_available() and dist.is_initialized():
-            return  # under DDP, warn_of_teachers warns earlier, before DDP waits for gradients
+            return  # under DDP, warn_about_teachers warns earlier, before DDP waits for gradients
         part_of, arrived = self._seen.part_of, self._seen.flow.arrived
         fixed = [
             name
@@ -121,7 +121,7 @@ class Calibrator:
         pattern = name if part == name else f"{part}.*"
         return f"in full precision with LayerRule(pattern='{pattern}', weight_bits=None, activation_bits=None)."
 
-    def _of_weights(self) -> Iterator[str]:
+    def _weight_warnings(self) -> Iterator[str]:
         """Yield warnings about weights that are also used in full precision or changed after quantization."""
         for name, reader in self._seen.weights.read_outside.items():
             yield (

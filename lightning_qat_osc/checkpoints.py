@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_qat_osc.config import LayerRule, QuantConfig
 from lightning_qat_osc.files import read_tensors
 from lightning_qat_osc.functional import fake_quantize
-from lightning_qat_osc.lookup import qualified, weight_name
+from lightning_qat_osc.lookup import qualified_name, weight_name
 from lightning_qat_osc.metrics import SQNR, FrozenShare, OscillatingShare
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.tables import table
@@ -137,7 +137,7 @@ def inspect_state(state: Mapping[str, Tensor]) -> list[CheckpointWeight]:
         of_weights: list[_Grid | None] = [grid for grid in grids if grid.is_weight]
         for of_weight in of_weights or [None]:
             parameter = "weight" if of_weight is None else of_weight.name
-            weight = state.get(qualified(layer, parameter))
+            weight = state.get(qualified_name(layer, parameter))
             if weight is None or weight.data_ptr() not in seen:
                 lines.append(_line(weight_name(layer, parameter), weight, of_weight, activation_bits, state))
             if weight is not None:

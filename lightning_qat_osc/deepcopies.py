@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["copied"]
+__all__ = ["deep_copy"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def copied(module: Module) -> Module:
+def deep_copy(module: Module) -> Module:
     """Return a deep copy, even of a module on which a forward pass has left tensors.
 
     Raises:

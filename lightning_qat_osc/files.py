@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +14,14 @@ from typing import Any
 import fsspec
 import torch
 
-__all__ = ["read_tensors", "written_whole"]
+__all__ = ["read_tensors", "atomic_write"]
 
 
 def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: bool) -> Any:
     """Call ``torch.load``, with errors that say what to do. Paths with ``://`` are opened by fsspec, as in Lightning.
 
     Raises:
-        OSError: If the file does not exist or may not be read.
+        OSError: If the file does not exist or cannot be read.
         ValueError: If the path is a folder, as for sharded checkpoints, or the file is damaged, is not a pickle, or
             holds objects of classes that ``weights_only`` forbids.
     """
@@ -37,9 +38,9 @@ def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: 
         with open(path, "rb") as file:  # errors after this are about its content
             file.read(1)
         return torch.load(path, map_location=map_location, weights_only=weights_only)
-    except (FileNotFoundError, PermissionError):
-        raise
     except (UnpicklingError, EOFError, KeyError, IndexError, OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # such as a missing file or a network that fails; a seek in a truncated file is an invalid argument
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("archive", "corrupt")):
             raise  # such as a missing device or too little memory
         if not weights_only:
@@ -51,7 +52,7 @@ def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: 
 
 
 @contextmanager
-def written_whole(path: str | PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | PathLike[str]) -> Iterator[Path]:
     """Yield a temporary file next to the target to write to. It replaces the target on exit.
 
     A reader of the target finds the old file or the new one, never part of one. If the body raises, the temporary file

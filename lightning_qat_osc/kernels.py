@@ -22,10 +22,10 @@ __all__ = [
     "in_one_order",
     "in_rows",
     "joined_copy",
-    "memory",
-    "number",
-    "parted",
-    "rows",
+    "memory_view",
+    "scalar_tensor",
+    "split_like",
+    "as_rows",
     "why_nothing_compiles",
 ]
 
@@ -64,7 +64,7 @@ def compiled(function: Function, variant: str = "") -> Function:
 
 
 @lru_cache(maxsize=256)
-def number(value: float, device: torch.device) -> Tensor:
+def scalar_tensor(value: float, device: torch.device) -> Tensor:
     """Return a number as a tensor without dimensions, for compiled kernels.
 
     Kernels are recompiled for each Python float, and convert an integer argument in every iteration. Filling a
@@ -97,7 +97,7 @@ def in_channels_last(x: Tensor) -> bool:
     return memory_format is not None and x.is_contiguous(memory_format=memory_format)
 
 
-def memory(x: Tensor, *shape: int) -> Tensor:
+def memory_view(x: Tensor, *shape: int) -> Tensor:
     """Return the memory of a dense tensor as a detached tensor of one or two dimensions.
 
     It is detached because a kernel compiled for a view is compiled again for each shape of the tensor it views.
@@ -106,13 +106,13 @@ def memory(x: Tensor, *shape: int) -> Tensor:
 
 
 def in_rows(scale: Tensor, x: Tensor) -> bool:
-    """Whether the memory of a tensor is one row with one scale, or one row per scale, as :func:`rows` needs it."""
+    """Whether the memory of a tensor is one row with one scale, or one row per scale, as :func:`as_rows` needs it."""
     if scale.numel() == 1:
         return in_one_order([x])
     return scale.dim() == x.dim() and scale.shape[0] == scale.numel() and x.is_contiguous()
 
 
-def rows(scales: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor] | None:
+def as_rows(scales: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor] | None:
     """Return views of scales and of the tensors they apply to: [1] and [n] for one scale, [G, 1] and [G, n] for G.
 
     Return None if the tensors have different or non-dense memory layouts. Several scales also require contiguous
@@ -120,9 +120,9 @@ def rows(scales: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor] | 
     """
     groups, n = scales[0].numel(), tensors[0].numel()
     if groups == 1 and in_one_order(tensors):
-        return [*(memory(s, 1) for s in scales), *(memory(t, n) for t in tensors)]
+        return [*(memory_view(s, 1) for s in scales), *(memory_view(t, n) for t in tensors)]
     if groups > 1 and all(in_rows(scales[0], t) for t in tensors):
-        return [*(memory(s, groups, 1) for s in scales), *(memory(t, groups, n // groups) for t in tensors)]
+        return [*(memory_view(s, groups, 1) for s in scales), *(memory_view(t, groups, n // groups) for t in tensors)]
     return None
 
 
@@ -141,6 +141,6 @@ def joined_copy(tensors: Sequence[Tensor]) -> Tensor:
     return cast(Tensor, _flatten_dense_tensors(tensors))  # type: ignore[no-untyped-call]
 
 
-def parted(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+def split_like(joined: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
     """Split joined elements into views that have the shapes of the original tensors."""
     return cast(Sequence[Tensor], _unflatten_dense_tensors(joined, like))  # type: ignore[no-untyped-call]

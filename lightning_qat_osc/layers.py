@@ -21,7 +21,7 @@ __all__ = [
     "calling_class",
     "calling_forward",
     "input_names",
-    "keep_off_fused_path",
+    "disable_fused_path",
     "kind_names",
     "kind_of",
     "layer_kind",
@@ -242,7 +242,7 @@ def _new_calling(layer_class: type[nn.Module]) -> nn.Module:
     return cast(nn.Module, calling.__new__(calling))
 
 
-def keep_off_fused_path(module: nn.Module) -> None:
+def disable_fused_path(module: nn.Module) -> None:
     """Keep an encoder off its fused evaluation path, which reads weights without calling the layers."""
     if isinstance(module, nn.TransformerEncoder):
         module.use_nested_tensor = False  # its layers accept nested tensors only on their fused path

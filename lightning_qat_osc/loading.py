@@ -19,7 +19,7 @@ from lightning_qat_osc.rules import bits_differences
 from lightning_qat_osc.scales import hold_scales
 from lightning_qat_osc.surgery import quantize_model
 
-__all__ = ["config_of_checkpoint", "load_quantized", "load_with_arguments", "rename_state"]
+__all__ = ["config_of_checkpoint", "load_quantized", "load_with_arguments", "apply_load_hook"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -113,7 +113,7 @@ def load_with_arguments(
         )
         warnings.filterwarnings("ignore", message=".*full precision.*")  # training has already warned
         quantize_model(module, config)
-    rename_state(module, checkpoint)  # after quantize_model: the hook may drop keys that the module lacks
+    apply_load_hook(module, checkpoint)  # after quantize_model: the hook may drop keys that the module lacks
     module.load_state_dict(checkpoint["state_dict"], strict=cast(Any, module).strict_loading)
     if not any(q.calibrated for q in quantizers(module)) and any(grid[-1] for grid in grids):
         raise ValueError(
@@ -130,7 +130,7 @@ def load_with_arguments(
     return module
 
 
-def rename_state(module: nn.Module, checkpoint: dict[str, Any], *, with_values: bool = False) -> None:
+def apply_load_hook(module: nn.Module, checkpoint: dict[str, Any], *, with_values: bool = False) -> None:
     """Apply the module's ``on_load_checkpoint`` to a checkpoint, without changing the module's layers.
 
     The hook may create layers that the module already has, with quantizers, so it runs on a twin of the module.

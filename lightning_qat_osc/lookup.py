@@ -20,7 +20,7 @@ __all__ = [
     "model_modules",
     "oscillation_states",
     "own_parameters",
-    "qualified",
+    "qualified_name",
     "quantized_layers",
     "quantized_weights",
     "quantizers",
@@ -59,7 +59,7 @@ def own_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
     return (p for p in layer.parameters() if id(p) not in scales)
 
 
-def qualified(name: str, inside: str) -> str:
+def qualified_name(name: str, inside: str) -> str:
     """Return the full name of something in a submodule, such as the key of a parameter in a state_dict."""
     return f"{name}.{inside}" if name else inside
 

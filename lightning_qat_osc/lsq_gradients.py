@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lightning_qat_osc.kernels import BLOCK, Limit, blocks, in_channels_last, in_one_order, in_rows, rows
+from lightning_qat_osc.kernels import BLOCK, Limit, as_rows, blocks, in_channels_last, in_one_order, in_rows
 from lightning_qat_osc.sharding import is_sharded
 
 __all__ = ["gradients", "gradients_to_differentiate", "suits_kernels"]
@@ -45,7 +45,7 @@ def gradients(
         return _gradients_in_blocks(grad, x, scale, n, p)
     v = x / scale
     wide = grad.to(v.dtype)
-    grad_x = _written(_where_inside(wide, v, n, p).to(grad.dtype), x) if of_x else None
+    grad_x = _materialized(_where_inside(wide, v, n, p).to(grad.dtype), x) if of_x else None
     grad_scale = None
     if of_scale:
         v_inside = _where_inside(v, v, n, p)
@@ -91,10 +91,10 @@ def _where_inside(values: Tensor, v: Tensor, n: Limit, p: Limit, *, out: Tensor 
 @cache
 def _just_outside(n: int, p: int, dtype: torch.dtype) -> tuple[float, float]:
     """Return the floating-point numbers just outside the limits of a grid."""
-    return _neighbour(n, -1.0, dtype), _neighbour(p, 1.0, dtype)
+    return _neighbor(n, -1.0, dtype), _neighbor(p, 1.0, dtype)
 
 
-def _neighbour(limit: int, sign: float, dtype: torch.dtype) -> float:
+def _neighbor(limit: int, sign: float, dtype: torch.dtype) -> float:
     """Return the normal floating-point number just above (sign 1) or below (sign -1) a limit.
 
     It is normal because CPUs may flush subnormal numbers to 0. It is computed in Python, where a default device, a fake
@@ -125,7 +125,7 @@ def _suits_blocks(grad: Tensor, x: Tensor, scale: Tensor) -> bool:
 def _gradients_in_blocks(grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Limit) -> tuple[Tensor, Tensor]:
     """Compute :func:`gradients` in blocks that stay in a CPU's cache, with two buffers that all blocks share."""
     grad_x = torch.empty_like(x)
-    views = rows([scale], [grad, x, grad_x])
+    views = as_rows([scale], [grad, x, grad_x])
     assert views is not None
     buffers: list[Tensor] = []
     sums = []
@@ -139,7 +139,7 @@ def _gradients_in_blocks(grad: Tensor, x: Tensor, scale: Tensor, n: Limit, p: Li
     return grad_x, torch.cat(sums).sum_to_size(views[0].shape).view(scale.shape)
 
 
-def _written(grad_x: Tensor, x: Tensor) -> Tensor:
+def _materialized(grad_x: Tensor, x: Tensor) -> Tensor:
     """Return the gradient with respect to x so that, on CPUs, the compiler writes it to memory.
 
     Otherwise the compiler fuses this arithmetic into each loop that reads the result: the backward pass of a norm has

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from lightning_qat_osc.checks import check_number
 from lightning_qat_osc.oscillation import OscillationState
-from lightning_qat_osc.sharding import own_part
+from lightning_qat_osc.sharding import local_part
 
 __all__ = ["SQNR", "FrozenShare", "OscillatingShare", "OscillationFrequency"]
 
@@ -71,7 +71,7 @@ class _MeanOverWeights(Metric):
         if untracked:
             raise ValueError(f"states must contain one for each layer, got none for {', '.join(map(repr, untracked))}")
         sums = torch.stack([self._sum(states[name]).to(self.sums.dtype) for name in self.layers])
-        counts = torch.tensor([own_part(states[name].frequency).numel() for name in self.layers])
+        counts = torch.tensor([local_part(states[name].frequency).numel() for name in self.layers])
         self.sums.add_(sums.to(self.sums.device))
         self.counts.add_(counts.to(self.counts.device))
 
@@ -86,7 +86,7 @@ class OscillationFrequency(_MeanOverWeights):
     """Mean oscillation frequency f, in oscillations per optimizer step (arXiv 2203.11086, Sec. 4.1)."""
 
     def _sum(self, state: OscillationState) -> Tensor:
-        return own_part(state.frequency).sum(dtype=self.sums.dtype)
+        return local_part(state.frequency).sum(dtype=self.sums.dtype)
 
 
 class OscillatingShare(_MeanOverWeights):
@@ -107,14 +107,14 @@ class OscillatingShare(_MeanOverWeights):
         self.threshold = threshold
 
     def _sum(self, state: OscillationState) -> Tensor:
-        return (own_part(state.frequency) > self.threshold).sum()
+        return (local_part(state.frequency) > self.threshold).sum()
 
 
 class FrozenShare(_MeanOverWeights):
     """Share of the weights that iterative freezing has frozen (arXiv 2203.11086, Sec. 4.3)."""
 
     def _sum(self, state: OscillationState) -> Tensor:
-        return own_part(state.frozen).sum()
+        return local_part(state.frozen).sum()
 
 
 class SQNR(Metric):

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["evaluating"]
+__all__ = ["evaluation_mode"]
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Set evaluation mode inside the context, and restore the mode of each submodule on exit.
 
     This calls the module's own ``train``, which may do more than set a mode: unmerge a low-rank adapter, drop a cache.

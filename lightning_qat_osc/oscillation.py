@@ -91,7 +91,7 @@ class OscillationState(nn.Module):
         weight.copy_(torch.where(self.frozen, held, weight))
 
     @torch.no_grad()
-    def forget_where_moved(self, weight_int: Tensor) -> None:
+    def restart_where_moved(self, weight_int: Tensor) -> None:
         """Reset the history of weights whose integers have changed without an update, as in a fit without tracking.
 
         Args:

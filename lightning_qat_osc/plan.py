@@ -12,7 +12,7 @@ from lightning_qat_osc.layers import weight_names
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantized_layer import QuantizedLayer, latent_weight
 from lightning_qat_osc.quantizers import InputQuantizer, WeightQuantizer
-from lightning_qat_osc.sharding import whole
+from lightning_qat_osc.sharding import full_tensor
 from lightning_qat_osc.tables import table
 
 __all__ = ["LayerPlan", "format_plan", "quantization_plan"]
@@ -75,14 +75,14 @@ def _line(
 ) -> LayerPlan:
     scale = reach = None
     if x is not None:
-        scale = whole(x.scale).item()
+        scale = full_tensor(x.scale).item()
         reach = [(x.quant_min - x.zero_point) * scale, (x.quant_max - x.zero_point) * scale]
     return LayerPlan(
         layer=name,
         type=layer.float_class.__name__,
         shape=[] if parameter is None else list(latent_weight(layer, parameter).shape),
         weight_bits=None if w is None else w.bits,
-        weight_scale=None if w is None else whole(w.scale).detach().mean().item(),
+        weight_scale=None if w is None else full_tensor(w.scale).detach().mean().item(),
         activation_bits=None if x is None else x.bits,
         activation_scale=scale,
         activation_range=reach,

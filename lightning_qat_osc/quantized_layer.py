@@ -13,7 +13,7 @@ from lightning_qat_osc.arguments import with_quantized_arguments
 from lightning_qat_osc.config import QuantConfig
 from lightning_qat_osc.functional import fake_quantize_pair
 from lightning_qat_osc.layers import calling_class, weight_names, written_parameter
-from lightning_qat_osc.modes import evaluating
+from lightning_qat_osc.modes import evaluation_mode
 from lightning_qat_osc.quantizers import InputQuantizer, Quantizer, WeightQuantizer
 from lightning_qat_osc.recomputation import Recipe, recomputed
 
@@ -268,7 +268,7 @@ def latent_weight(layer: nn.Module, parameter: str) -> Tensor:
     own = layer._parameters.get(parameter)
     if own is not None:
         return own
-    with evaluating(layer):  # in training mode, spectral norm iterates whenever its weight is read
+    with evaluation_mode(layer):  # in training mode, spectral norm iterates whenever its weight is read
         for hook in layer._forward_pre_hooks.values():
             if written_parameter(hook) == parameter:
                 hook(layer, ())

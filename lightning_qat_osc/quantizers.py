@@ -16,7 +16,7 @@ from lightning_qat_osc.functional import fake_quantize, integer_grid, quantize_t
 from lightning_qat_osc.oscillation import OscillationState
 from lightning_qat_osc.ranges import RangeMethod, activation_grid, estimate_scale
 from lightning_qat_osc.recomputation import Recipe
-from lightning_qat_osc.sharding import copy_whole_, whole
+from lightning_qat_osc.sharding import copy_full_, full_tensor
 
 __all__ = ["InputQuantizer", "Quantizer", "WeightQuantizer"]
 
@@ -97,21 +97,21 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def set_range(self, scale: Tensor, quant_min: int, quant_max: int, zero_point: int = 0) -> None:
         """Set the scale and the grid, and mark the quantizer as calibrated."""
-        copy_whole_(self.scale, scale.view(self.scale.shape))
+        copy_full_(self.scale, scale.view(self.scale.shape))
         self.quant_min, self.quant_max, self.zero_point = quant_min, quant_max, zero_point
         self.calibrated = True
         self._write_grid()
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Reset bits and range to the state before calibration."""
         self.bits, self.stale = self._bits_asked, False
         self.reset_parameters()
 
-    def take_over(self, other: Quantizer) -> None:
+    def copy_range(self, other: Quantizer) -> None:
         """Copy the bits and the range of another quantizer."""
         self.set_bits(other.bits)
         if other.calibrated:
-            self.set_range(whole(other.scale.detach()), other.quant_min, other.quant_max, other.zero_point)
+            self.set_range(full_tensor(other.scale.detach()), other.quant_min, other.quant_max, other.zero_point)
 
     def set_bits(self, bits: int | None) -> None:
         """Change the bit width, before calibration."""
@@ -208,7 +208,7 @@ class WeightQuantizer(Quantizer):
             None, or a description of what is wrong with the weight and how the range was set nevertheless.
         """
         assert self.bits is not None
-        weight = whole(weight)
+        weight = full_tensor(weight)
         quant_min, quant_max = integer_grid(self.bits, signed=True)
         groups = self.scale.numel()
         rows = weight.detach().movedim(self.channel_dim, 0).reshape(groups, -1) if groups > 1 else weight.reshape(1, -1)

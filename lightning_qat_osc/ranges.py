@@ -43,8 +43,8 @@ def _compress(x: Tensor) -> _Weighted:
     index = ((x - low) / width).to(torch.int64).clamp_(0, _HISTOGRAM_BINS - 1)
     index += _HISTOGRAM_BINS * torch.arange(groups, device=x.device).unsqueeze(1)
     counts = torch.bincount(index.flatten(), minlength=groups * _HISTOGRAM_BINS).view(groups, -1)
-    centres = low + width * (torch.arange(_HISTOGRAM_BINS, device=x.device, dtype=x.dtype) + 0.5)
-    return _Weighted(centres, counts.to(x.dtype))
+    centers = low + width * (torch.arange(_HISTOGRAM_BINS, device=x.device, dtype=x.dtype) + 0.5)
+    return _Weighted(centers, counts.to(x.dtype))
 
 
 def _percentiles(x: Tensor, tail: float) -> tuple[Tensor, Tensor]:

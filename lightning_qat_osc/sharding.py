@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["copy_whole_", "is_sharded", "own_part", "reshard", "shard_whole", "sharded_like", "whole"]
+__all__ = ["copy_full_", "is_sharded", "local_part", "reshard", "shard_full", "sharded_like", "full_tensor"]
 
 
 def is_sharded(x: Tensor) -> bool:
@@ -18,12 +18,12 @@ def is_sharded(x: Tensor) -> bool:
     return isinstance(x, DTensor)
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """Return the whole tensor. This is a collective operation if the tensor is sharded."""
     return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
-def own_part(x: Tensor) -> Tensor:
+def local_part(x: Tensor) -> Tensor:
     """Return the part of a tensor that is on this rank; the tensor itself if it is not sharded."""
     return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
 
@@ -48,7 +48,7 @@ def reshard(module: nn.Module) -> None:
                 child.reshard()
 
 
-def shard_whole(value: Tensor, like: Tensor) -> Tensor:
+def shard_full(value: Tensor, like: Tensor) -> Tensor:
     """Shard a whole tensor, identical on every rank, like ``like``. Return it as is if ``like`` is not sharded."""
     if not is_sharded(like):
         return value
@@ -59,6 +59,6 @@ def shard_whole(value: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def copy_whole_(target: Tensor, value: Tensor) -> None:
+def copy_full_(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor, identical on every rank, into a tensor that may be sharded."""
-    target.copy_(shard_whole(value, target))
+    target.copy_(shard_full(value, target))

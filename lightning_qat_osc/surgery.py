@@ -14,8 +14,8 @@ from lightning_qat_osc.config import QuantConfig, config_differences
 from lightning_qat_osc.copies import untrained_copies
 from lightning_qat_osc.layers import (
     calling_forward,
+    disable_fused_path,
     input_names,
-    keep_off_fused_path,
     kind_names,
     kind_of,
     layer_kind,
@@ -24,7 +24,7 @@ from lightning_qat_osc.layers import (
 from lightning_qat_osc.lookup import (
     model_modules,
     own_parameters,
-    qualified,
+    qualified_name,
     quantized_layers,
     weight_name,
     weights_with_quantizers,
@@ -117,14 +117,14 @@ def quantize_model(module: nn.Module, config: QuantConfig) -> nn.Module:
         _insert(layer, config, planned[name], shared)
     if new:
         for _, child in model_modules(module):
-            keep_off_fused_path(child)
-        _leave_scales_of_copies(layers, new)
+            disable_fused_path(child)
+        _fix_scales_of_copies(layers, new)
         for warning in _full_precision(module, layers, new, planned):
             warnings.warn(warning, stacklevel=2)
     return module
 
 
-def _leave_scales_of_copies(layers: dict[str, nn.Module], new: dict[str, nn.Module]) -> None:
+def _fix_scales_of_copies(layers: dict[str, nn.Module], new: dict[str, nn.Module]) -> None:
     """Set ``requires_grad=False`` on the scales of an average or another untrained copy of the network.
 
     The code that updates the copy's weights updates its scales too, so DDP must not wait for their gradients.
@@ -276,13 +276,13 @@ def _full_precision(
                 "pruning): it is quantized, but its oscillations are not tracked, dampened or frozen."
             )
     for (type_name, what), names in remaining.items():
-        yield f"{type_name} {_listed(names)}: {what} stay in full precision."
+        yield f"{type_name} {_join_names(names)}: {what} stay in full precision."
     outside = _parameters_outside(module, layers)
     if outside:
-        yield f"Parameters outside the layers that can be quantized stay in full precision: {_listed(outside)}."
+        yield f"Parameters outside the layers that can be quantized stay in full precision: {_join_names(outside)}."
 
 
-def _listed(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{', '.join(names[:5])}{more}"
 
@@ -291,7 +291,7 @@ def _parameters_outside(module: nn.Module, layers: dict[str, nn.Module]) -> list
     """Return the names of matrices outside of quantizable layers, without vectors (norms, biases, class tokens)."""
     inside = {id(p) for layer in layers.values() for p in layer.parameters()}
     return [
-        qualified(name, key)
+        qualified_name(name, key)
         for name, child in model_modules(module)
         for key, p in child.named_parameters(recurse=False)
         if "Norm" not in type(child).__name__

@@ -12,7 +12,17 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lightning_qat_osc.kernels import SMALL, Limit, blocks, compiled, joined_copy, memory, number, parted, rows
+from lightning_qat_osc.kernels import (
+    SMALL,
+    Limit,
+    as_rows,
+    blocks,
+    compiled,
+    joined_copy,
+    memory_view,
+    scalar_tensor,
+    split_like,
+)
 from lightning_qat_osc.lookup import QuantizedWeight
 from lightning_qat_osc.oscillation import OscillationState, advance, pass_on_gradient
 from lightning_qat_osc.regularizers import Aggregation, add_dampening_gradient, dampening_factor
@@ -23,7 +33,7 @@ __all__ = [
     "add_dampening",
     "advance_states",
     "dampen_and_pass_on",
-    "in_batches",
+    "make_batches",
     "pass_on_frozen_gradients",
 ]
 
@@ -154,17 +164,17 @@ class WeightBatch:
         if len(tensors) == 1:
             joined = tensors[0]
         elif _one_behind_the_other(tensors):
-            joined = memory(tensors[0], self._size)
+            joined = memory_view(tensors[0], self._size)
         else:
             joined = joined_copy(tensors)
-            for state, part in zip(states, parted(joined, tensors)):
+            for state, part in zip(states, split_like(joined, tensors)):
                 setattr(state, name, part)
         # booleans as numbers 0 and 1, without a copy: compiled kernels and CPUs are slow with booleans
         return joined.view(torch.int8) if joined.dtype == torch.bool and not self._sharded else joined
 
     def scalar(self, value: float) -> Tensor | float:
         """Return a number in the form that the kernel takes."""
-        return number(value, self.weights[0].device) if self._fused else value
+        return scalar_tensor(value, self.weights[0].device) if self._fused else value
 
     def run(
         self,
@@ -189,7 +199,7 @@ class WeightBatch:
         if self._stretches is None:
             first = [s[0] for s in ([] if owed_to is None else [owed_to]) + [*scales]]
             columns = [changed[0], *(t if isinstance(t, Tensor) else t[0] for t in others)]
-            views = None if self._sharded else rows(first, columns)
+            views = None if self._sharded else as_rows(first, columns)
             if views is None:
                 kernel(*first, *columns, *scalars)
             else:
@@ -199,9 +209,11 @@ class WeightBatch:
         spread = [torch.repeat_interleave(joined_copy(s), self._stretches, output_size=self._size) for s in scales]
         joined = [t if isinstance(t, Tensor) else joined_copy(t) for t in (changed, *others)]
         self._run(kernel, [*owed, *spread, *joined], scalars)
-        torch._foreach_copy_(changed, list(parted(joined[0], changed)))
+        torch._foreach_copy_(changed, list(split_like(joined[0], changed)))
         if owed_to is not None:
-            torch._foreach_add_(owed_to, [p.sum_to_size(s.shape) for p, s in zip(parted(owed[0], changed), owed_to)])
+            torch._foreach_add_(
+                owed_to, [p.sum_to_size(s.shape) for p, s in zip(split_like(owed[0], changed), owed_to)]
+            )
 
     def _run(self, kernel: Callable[..., None], views: list[Tensor], scalars: Sequence[Tensor | float | None]) -> None:
         if self._fused:
@@ -213,7 +225,7 @@ class WeightBatch:
             kernel(*views, *scalars)
 
 
-def in_batches(weights: Sequence[QuantizedWeight]) -> list[WeightBatch]:
+def make_batches(weights: Sequence[QuantizedWeight]) -> list[WeightBatch]:
     """Group weights into batches: small ones of one grid and dtype together, large and sharded ones alone.
 
     Weights whose scales do not each apply to contiguous elements are alone, too.

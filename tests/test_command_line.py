@@ -27,7 +27,7 @@ from lightning_qat_osc import (
 from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.checkpoints import config_of_state, inspect_checkpoint
 from lightning_qat_osc.cli import main
-from lightning_qat_osc.deepcopies import copied
+from lightning_qat_osc.deepcopies import deep_copy
 from lightning_qat_osc.export import convert, load_packed, save_packed
 from lightning_qat_osc.export.comparison import OUTPUT, Difference, difference
 from lightning_qat_osc.lookup import quantized_layers, quantizers
@@ -103,7 +103,7 @@ class Save(L.Callback):
             trainer.save_checkpoint(self.folder / "middle.ckpt")
             trainer.save_checkpoint(self.folder / "weights.ckpt", weights_only=True)
             torch.save(pl_module.state_dict(), self.folder / "state.pt")
-            self.module = copied(pl_module)
+            self.module = deep_copy(pl_module)
 
 
 @pytest.fixture(scope="module")

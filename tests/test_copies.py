@@ -22,7 +22,7 @@ from lightning_qat_osc import (
     quantize_model,
 )
 from lightning_qat_osc.calibration import Calibrator
-from lightning_qat_osc.callbacks._unsupported import warn_of_teachers
+from lightning_qat_osc.callbacks._unsupported import warn_about_teachers
 from lightning_qat_osc.copies import untrained_copies
 from lightning_qat_osc.lookup import quantizers
 
@@ -116,7 +116,7 @@ def test_ddp_does_not_wait_for_the_scales_of_a_copy():
         def on_train_end(self, trainer, pl_module):
             assert all(q.scale.requires_grad for q in quantizers(pl_module.net))
             assert not any(q.scale.requires_grad for q in quantizers(pl_module.other))
-            warn_of_teachers(SimpleNamespace(strategy=DDPStrategy()), pl_module)  # of nothing
+            warn_about_teachers(SimpleNamespace(strategy=DDPStrategy()), pl_module)  # of nothing
 
     module = Taught(copy.deepcopy)
     for _ in range(2):

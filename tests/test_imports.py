@@ -41,7 +41,7 @@ FLOORS = [
     },
     {"callbacks._loader_copies", "callbacks._training_passes", "callbacks._sharded_restore"},
     {"callbacks._training_batches"},
-    {"callbacks._range_initialisation"},
+    {"callbacks._range_initialization"},
     {"callbacks.quantization_aware_training"},
     {"callbacks._requirements"},
     {"callbacks._tracks_oscillation"},

@@ -378,7 +378,7 @@ def test_a_computed_weight_of_attention():
 
 
 def test_what_a_forward_of_its_own_makes_of_the_weight_is_told():
-    class WeightStandardised(nn.Conv2d):
+    class WeightStandardized(nn.Conv2d):
         def forward(self, x):
             weight = self.weight
             return self._conv_forward(x, (weight - weight.mean((1, 2, 3), keepdim=True)), self.bias)
@@ -388,7 +388,7 @@ def test_what_a_forward_of_its_own_makes_of_the_weight_is_told():
             return self._conv_forward(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
 
     x = torch.randn(2, 3, 5, 5)
-    words = calibrated(nn.Sequential(Padded(3, 4, 3), WeightStandardised(4, 4, 3)), (x,))
+    words = calibrated(nn.Sequential(Padded(3, 4, 3), WeightStandardized(4, 4, 3)), (x,))
     assert len(words) == 1
     assert words[0].startswith("Layer '1' applies ")
     assert words[0].endswith(" to its quantized weight; the result may be off the grid.")

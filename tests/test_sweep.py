@@ -69,7 +69,7 @@ def test_states_are_those_of_slow_loops(path, fused, granularity, dtype):
             for loop, z in zip(loops[w.name], w.quantizer.to_int(w.weight).flatten().tolist()):
                 loop.threshold = threshold
                 loop.step(z)
-        sweep.advance_states(sweep.in_batches(weights), 0.1, threshold)
+        sweep.advance_states(sweep.make_batches(weights), 0.1, threshold)
         for w in weights:
             state = w.quantizer.oscillation
             assert state.weight_int.flatten().tolist() == [loop.integer for loop in loops[w.name]]
@@ -90,7 +90,7 @@ def test_tracking_alone_leaves_weights_and_masks_alone(path):
     for w in weights:
         w.quantizer.oscillation.frequency.fill_(0.9)
     before = [w.weight.detach().clone() for w in weights]
-    sweep.advance_states(sweep.in_batches(weights), 0.1)
+    sweep.advance_states(sweep.make_batches(weights), 0.1)
     assert all(torch.equal(w.weight.detach(), b) for w, b in zip(weights, before))
     assert not any(w.quantizer.oscillation.frozen.any() for w in weights)
 
@@ -108,7 +108,7 @@ def test_dampening_adds_autograds_gradient_of_the_printed_loss(path, fused, gran
         (0.3 * dampening_loss(w.weight, q.scale.detach(), q.quant_min, q.quant_max, aggregation)).backward()
         expected.append(w.weight.grad.clone() + 1.0)
         w.weight.grad = torch.ones_like(w.weight)
-    sweep.add_dampening(sweep.in_batches(weights), 0.3, aggregation)
+    sweep.add_dampening(sweep.make_batches(weights), 0.3, aggregation)
     for w, gradient in zip(weights, expected):
         assert torch.allclose(w.weight.grad, gradient, rtol=0, atol=1e-6)
 
@@ -138,7 +138,7 @@ def test_frozen_gradients_are_autograds_of_the_masked_forward(path, fused, granu
             loss = 0.3 * dampening_loss(w.weight, q.scale.detach(), q.quant_min, q.quant_max, "mean")
             of_weight = of_weight + torch.autograd.grad(loss, w.weight)[0]
         expected.append((torch.where(q.oscillation.frozen, 0.0, of_weight), of_scale))
-    batches = sweep.in_batches(weights)
+    batches = sweep.make_batches(weights)
     if dampening:
         sweep.dampen_and_pass_on(batches, 0.3, "mean")
     else:
@@ -150,7 +150,7 @@ def test_frozen_gradients_are_autograds_of_the_masked_forward(path, fused, granu
 
 def test_states_of_small_weights_share_memory_and_are_saved_each_for_itself():
     weights = weights_of("per_tensor", torch.float32, False)
-    sweep.advance_states(sweep.in_batches(weights), 0.1)
+    sweep.advance_states(sweep.make_batches(weights), 0.1)
     states = [w.quantizer.oscillation for w in weights]
     assert len({state.frequency.untyped_storage().data_ptr() for state in states}) == 1
     for state, w in zip(states, weights):
@@ -161,7 +161,7 @@ def test_states_of_small_weights_share_memory_and_are_saved_each_for_itself():
 
 def test_states_that_were_loaded_go_on_as_those_that_were_not():
     weights = weights_of("per_tensor", torch.float32, False)
-    batches = sweep.in_batches(weights)
+    batches = sweep.make_batches(weights)
 
     def steps(seed):
         generator = torch.Generator().manual_seed(seed)
@@ -218,7 +218,7 @@ def test_kernels_of_many_variants_leave_recompilations_to_the_users_model(path):
             weights = weights_of(granularity, dtype, True)
             for w in weights:
                 freeze_half(w)
-            batches = sweep.in_batches(weights)
+            batches = sweep.make_batches(weights)
             sweep.pass_on_frozen_gradients(batches)
             sweep.advance_states(batches, 0.1)
             sweep.advance_states(batches, 0.1, 0.2)
@@ -251,7 +251,7 @@ def test_weights_without_a_gradient_leave_the_others_theirs(granularity):
             w.quantizer.scale_grad = torch.zeros_like(w.quantizer.scale)
             w.quantizer.oscillation.frozen = torch.rand(w.weight.shape) < 0.3
         some[1].weight.grad = some[1].quantizer.scale_grad = None
-    batches = sweep.in_batches(together)
+    batches = sweep.make_batches(together)
     assert len(batches[0].weights) >= 3
     sweep.advance_states(batches, 0.1)
     places = [w.quantizer.oscillation.frequency.data_ptr() for w in together]
@@ -259,9 +259,9 @@ def test_weights_without_a_gradient_leave_the_others_theirs(granularity):
     sweep.dampen_and_pass_on(batches, 0.1, "mean")
     assert [w.quantizer.oscillation.frequency.data_ptr() for w in together] == places
     for w in alone:
-        sweep.advance_states(sweep.in_batches([w]), 0.1)
+        sweep.advance_states(sweep.make_batches([w]), 0.1)
         if w.weight.grad is not None:
-            sweep.dampen_and_pass_on(sweep.in_batches([w]), 0.1, "mean")
+            sweep.dampen_and_pass_on(sweep.make_batches([w]), 0.1, "mean")
     for w, other in zip(together, alone):
         if other.weight.grad is None:
             assert w.weight.grad is w.quantizer.scale_grad is None
@@ -282,7 +282,7 @@ def test_weights_of_other_bits_keep_their_own_grid():
     for w in weights:
         w.quantizer.start_tracking(w.weight)
         w.weight.data.mul_(2.0)
-    sweep.advance_states(sweep.in_batches(weights), 0.1)
+    sweep.advance_states(sweep.make_batches(weights), 0.1)
     for w in weights:
         assert torch.equal(w.quantizer.oscillation.weight_int, w.quantizer.to_int(w.weight))
     assert weights[1].quantizer.oscillation.weight_int.abs().max() > 2

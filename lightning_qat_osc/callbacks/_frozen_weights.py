@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_qat_osc.lookup import is_quantized, weights_with_quantizers
-from lightning_qat_osc.sharding import whole
+from lightning_qat_osc.sharding import full_tensor
 
 __all__ = ["HoldsFrozenWeights", "release_frozen_weights"]
 
@@ -28,7 +28,7 @@ def release_frozen_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -
         for _, _, q in weights_with_quantizers(pl_module)
         if q.oscillation is not None and not is_quantized(q, max_bits)
     ]
-    released = int(torch.stack([whole(mask.sum()) for mask in frozen]).sum()) if frozen else 0
+    released = int(torch.stack([full_tensor(mask.sum()) for mask in frozen]).sum()) if frozen else 0
     if released:
         for mask in frozen:
             mask.zero_()

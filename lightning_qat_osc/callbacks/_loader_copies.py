@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_qat_osc.callbacks._random_numbers import FEW, GENERATORS
 
-__all__ = ["independent"]
+__all__ = ["independent_copy"]
 
 _SHARED = (type, nn.Module, pl.Trainer, pl.LightningDataModule, *GENERATORS)
 _DEPTH = 5  # levels of nested attributes to copy
 _LONGEST_ORDER = 2**24  # a longer one-dimensional array is data, such as a stream of tokens, not sample indices
 
 
-def independent(loader: Any) -> Any:
+def independent_copy(loader: Any) -> Any:
     """Return a copy of a loader that can be iterated without affecting the original, from which training draws.
 
     The copy has its own samplers, inner loaders and iterable-style datasets, including the lists in their attributes,
@@ -76,7 +76,7 @@ def _copied(thing: Any, copies: dict[int, Any], depth: int) -> Any:
     if found is thing:
         return thing
     if isinstance(thing, DataLoader):
-        _own(found, thing, copies, depth)
+        _copy_iteration_state(found, thing, copies, depth)
     elif isinstance(thing, (list, deque)) and len(thing) <= FEW:
         for i, value in enumerate(thing):
             found[i] = _copied(value, copies, depth - 1)
@@ -87,7 +87,7 @@ def _copied(thing: Any, copies: dict[int, Any], depth: int) -> Any:
     return found
 
 
-def _own(found: DataLoader[Any], loader: DataLoader[Any], copies: dict[int, Any], depth: int) -> None:
+def _copy_iteration_state(found: DataLoader[Any], loader: DataLoader[Any], copies: dict[int, Any], depth: int) -> None:
     """Give the copy of a DataLoader its own version of everything that iteration changes."""
     if not isinstance(loader.dataset, IterableDataset) or _in_workers(loader):
         copies[id(loader.dataset)] = loader.dataset  # samplers may hold it, too, and must not copy it

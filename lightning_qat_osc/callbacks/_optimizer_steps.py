@@ -117,7 +117,7 @@ class OptimizerStepHooks:
             ]
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._deeper(optimizer, by=1) > 1:
+        if self._change_depth(optimizer, by=1) > 1:
             return None
         # set by a gradient scaler that leaves unscaling and skipping to the optimizer
         if getattr(optimizer, "found_inf", None) is not None:
@@ -145,7 +145,7 @@ class OptimizerStepHooks:
             moved = self._has_moved(optimizer)
             for after in self._after if moved else ():  # inside the step, so that their own steps are nested
                 after(optimizer)
-        self._deeper(optimizer, by=-1)
+        self._change_depth(optimizer, by=-1)
 
     def _has_moved(self, optimizer: Optimizer) -> bool:
         """Whether a step has moved a parameter: one that still has its gradient, or that has changed.
@@ -176,7 +176,7 @@ class OptimizerStepHooks:
     def _end(self, optimizer: Optimizer) -> None:
         self._begun -= {(callback, optimizer) for callback in self._before}
 
-    def _deeper(self, optimizer: Optimizer, by: int) -> int:
+    def _change_depth(self, optimizer: Optimizer, by: int) -> int:
         """Count nested steps: torch calls the hooks twice for a subclass that calls ``super().step()``."""
         assert self._trainer is not None
         self._running[optimizer] = self._depth(optimizer) + by, self._trainer.fit_loop.total_batch_idx

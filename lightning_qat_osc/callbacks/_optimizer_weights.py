@@ -14,7 +14,7 @@ from lightning_qat_osc.lookup import (
     quantized_weights,
     weights_with_quantizers,
 )
-from lightning_qat_osc.sweep import WeightBatch, in_batches
+from lightning_qat_osc.sweep import WeightBatch, make_batches
 
 __all__ = ["OptimizerWeights", "optimized_parameters", "trained_weights"]
 
@@ -64,7 +64,7 @@ class OptimizerWeights:
         ]
         shapes = [(w.name, w.weight.shape) for w in weights]
         if optimizer not in self._batches or self._batches[optimizer][0] != shapes:
-            self._batches[optimizer] = shapes, in_batches(weights)
+            self._batches[optimizer] = shapes, make_batches(weights)
         return self._batches[optimizer][1]
 
     def about_to_move(self, optimizer: Optimizer) -> list[WeightBatch]:

@@ -15,9 +15,9 @@ from torch.optim import LBFGS, Adam, Optimizer
 
 from lightning_qat_osc.lookup import own_parameters, quantized_layers
 from lightning_qat_osc.quantizers import Quantizer
-from lightning_qat_osc.sharding import shard_whole, whole
+from lightning_qat_osc.sharding import full_tensor, shard_full
 
-__all__ = ["ScaleUpdates", "with_room_for_scales"]
+__all__ = ["ScaleUpdates", "add_scales_to_state"]
 
 
 class _LogSteps:
@@ -140,7 +140,7 @@ class ScaleUpdates:
             ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
             others = {id(q.scale) for q, (index, _) in owner.items() if index != i}
             for group in optimizer.param_groups if ids & others else []:  # placed by a rule such as p.ndim < 2
-                _keep(group, [id(p) not in others for p in group["params"]])
+                _filter_group(group, [id(p) not in others for p in group["params"]])
             own = [q for q, (index, _) in owner.items() if index == i]
             if own and optimizer.param_groups:  # Lightning's mock optimizer has no groups
                 for q in own:
@@ -167,7 +167,7 @@ class ScaleUpdates:
         """Return the states of the Adam optimizers, in the order of the user's optimizers, with unsharded tensors."""
         states = [{**update.adam.state_dict(), "peaks": update.peaks} for update in self._updates.values()]
         for state in states:
-            state["state"] = {i: {k: whole(v) for k, v in values.items()} for i, values in state["state"].items()}
+            state["state"] = {i: {k: full_tensor(v) for k, v in values.items()} for i, values in state["state"].items()}
         return states
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
@@ -176,7 +176,7 @@ class ScaleUpdates:
             update.peaks = list(state["peaks"])
             update.adam.load_state_dict(state)
             for step, values in update.adam.state.items():
-                values.update({k: shard_whole(v, step) for k, v in values.items() if v.shape == step.shape})
+                values.update({k: shard_full(v, step) for k, v in values.items() if v.shape == step.shape})
 
 
 def _in_several(optimizers: list[Optimizer]) -> set[int]:
@@ -185,13 +185,13 @@ def _in_several(optimizers: list[Optimizer]) -> set[int]:
     return {key for key, count in counts.items() if count > 1}
 
 
-def _keep(group: dict[str, Any], which: Sequence[bool]) -> None:
+def _filter_group(group: dict[str, Any], which: Sequence[bool]) -> None:
     """Keep only some parameters of an optimizer's group, and their names if it was built with names."""
     for key in {"params", "param_names"} & group.keys():
         group[key][:] = list(compress(group[key], which))
 
 
-def with_room_for_scales(state: dict[str, Any], optimizer: Optimizer, scales: set[int]) -> dict[str, Any]:
+def add_scales_to_state(state: dict[str, Any], optimizer: Optimizer, scales: set[int]) -> dict[str, Any]:
     """Convert the state of an optimizer without scales to one that an optimizer with scales can load.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantized_layer import latent_weight
-from lightning_qat_osc.sharding import copy_whole_
+from lightning_qat_osc.sharding import copy_full_
 
 __all__ = ["load_histories"]
 
@@ -33,7 +33,7 @@ def load_histories(module: nn.Module, path: str | Path) -> None:
     else:
         whole = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
         for key, tensor in _histories(module, whole):
-            copy_whole_(tensor, whole[key].to(tensor.device))
+            copy_full_(tensor, whole[key].to(tensor.device))
 
 
 def _histories(module: nn.Module, saved: Container[str], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -81,7 +81,7 @@ class TracksOscillation(pl.Callback):
         for _, weight, quantizer in quantized_weights(pl_module, self.max_bits):
             quantizer.start_tracking(weight)
         for _, weight, quantizer in () if self._restored else trained_weights(trainer, pl_module, self.max_bits):
-            quantizer.start_tracking(weight).forget_where_moved(quantizer.to_int(weight.detach()))
+            quantizer.start_tracking(weight).restart_where_moved(quantizer.to_int(weight.detach()))
         if self._leads:
             warn_if_nothing_oscillates(pl_module, self.max_bits, self._verb)
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_qat_osc.callbacks._loader_copies import independent
+from lightning_qat_osc.callbacks._loader_copies import independent_copy
 from lightning_qat_osc.callbacks._random_numbers import generators_in, seeded
 
 __all__ = ["training_batches"]
@@ -84,7 +84,7 @@ def training_batches(
         loaders = loaders.iterables
     combined = CombinedLoader(loaders, "max_size_cycle")
     generators = generators_in(combined.flattened)
-    combined.flattened = [independent(loader) for loader in combined.flattened]
+    combined.flattened = [independent_copy(loader) for loader in combined.flattened]
     if trainer.train_dataloader is not None:
         mine = slice(int(min(num_batches, trainer.num_training_batches)))
     else:

@@ -21,13 +21,13 @@ from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_qat_osc.callbacks._random_numbers import fixed_random_numbers, generators_in, seeded
-from lightning_qat_osc.modes import evaluating
-from lightning_qat_osc.sharding import own_part, reshard
+from lightning_qat_osc.modes import evaluation_mode
+from lightning_qat_osc.sharding import local_part, reshard
 
 __all__ = [
     "ForwardFn",
     "can_run_training_step",
-    "eagerly",
+    "force_eager",
     "training_pass",
     "without_side_effects",
 ]
@@ -99,7 +99,7 @@ def _fingerprints(module: torch.nn.Module) -> dict[str, tuple[int, float]]:
     """
     parameters = {name: p for name, p in module.named_parameters() if not is_lazy(p)}  # the first pass makes lazy ones
     sums = {
-        name: own_part(p.detach()).float().nan_to_num().sum()
+        name: local_part(p.detach()).float().nan_to_num().sum()
         for name, p in parameters.items()
         if p.is_floating_point() and not p.requires_grad
     }
@@ -140,7 +140,7 @@ def _restored_state(module: torch.nn.Module, but: Collection[torch.nn.Module]) -
 
 
 @contextmanager
-def _ignored(*messages: str) -> Iterator[None]:
+def _ignore_warnings(*messages: str) -> Iterator[None]:
     """Ignore warnings. ``warnings.catch_warnings`` would make Python repeat earlier warnings, here in each epoch."""
     filters = cast(list[Any], warnings.filters)
     entries = [("ignore", re.compile(message), Warning, None, 0) for message in messages]
@@ -153,7 +153,7 @@ def _ignored(*messages: str) -> Iterator[None]:
                 filters.remove(entry)
 
 
-def eagerly() -> AbstractContextManager[Any]:
+def force_eager() -> AbstractContextManager[Any]:
     """Run compiled modules eagerly, so that hooks on their layers fire, and are not traced into graphs."""
     return cast(AbstractContextManager[Any], torch.compiler.set_stance("force_eager"))
 
@@ -171,17 +171,17 @@ def without_side_effects(
     """
     # validation may run in inference mode, and training could not use tensors that were created in it
     modes = torch.inference_mode(False), torch.no_grad()
-    silent = _ignored(r".*You are trying to `self.log\(\)`.*", ".*does not have many workers.*")
+    silent = _ignore_warnings(r".*You are trying to `self.log\(\)`.*", ".*does not have many workers.*")
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     owners = [pl_module] if datamodule is None else [pl_module, datamodule]
     own_generators = seeded(generators_in([vars(owner) for owner in (*pl_module.modules(), *owners[1:])]))
     state = _restored_state(pl_module, set(estimated))
-    with modes[0], modes[1], fixed_random_numbers(), own_generators, state, eagerly(), silent:
+    with modes[0], modes[1], fixed_random_numbers(), own_generators, state, force_eager(), silent:
         quiet: Any = _QuietTrainer(trainer)
         for owner in owners:
             owner.trainer = quiet
         try:
-            with evaluating(pl_module):
+            with evaluation_mode(pl_module):
                 yield
         finally:
             for owner in owners:

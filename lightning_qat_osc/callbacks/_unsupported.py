@@ -24,9 +24,9 @@ __all__ = [
     "check_layers",
     "check_strategy",
     "refuse_late_layers",
-    "warn_of_copied_process",
-    "warn_of_late_layers",
-    "warn_of_teachers",
+    "warn_about_copied_process",
+    "warn_about_late_layers",
+    "warn_about_teachers",
 ]
 
 # they copy the model in `setup`, and pair its parameters with the copy's by position
@@ -112,7 +112,7 @@ def check_layers(pl_module: pl.LightningModule, config: QuantConfig) -> None:
         )
 
 
-def warn_of_copied_process(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def warn_about_copied_process(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Warn if training runs in copies of the process, and leaves the user's module without quantizers."""
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not quantized_layers(pl_module):
         rank_zero_warn(
@@ -135,7 +135,7 @@ def refuse_late_layers(names: list[str]) -> None:
         )
 
 
-def warn_of_late_layers(names: list[str]) -> None:
+def warn_about_late_layers(names: list[str]) -> None:
     """Warn about layers, such as those of a growing network, that were created late and train in full precision."""
     if names:
         rank_zero_warn(
@@ -144,7 +144,7 @@ def warn_of_late_layers(names: list[str]) -> None:
         )
 
 
-def warn_of_teachers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def warn_about_teachers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Warn if DDP would wait for the gradients of scales that may get none."""
     if not isinstance(trainer.strategy, DDPStrategy):
         return

@@ -86,7 +86,7 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
             return  # an evaluation by another Trainer inside a fit must not separate the two callbacks
         earlier = trainer.callbacks[: trainer.callbacks.index(self)]  # type: ignore[attr-defined]
         dampening = [c for c in earlier if isinstance(c, OscillationDampening) and c.max_bits == self.max_bits]
-        self._dampening = next((c for c in dampening if c.leave_to(self)), None)
+        self._dampening = next((c for c in dampening if c.delegate_to(self)), None)
         if self.threshold < self._momentum:
             raise MisconfigurationException(
                 f"threshold must be at least the momentum, {self._momentum}, got {self.threshold}: one oscillation "

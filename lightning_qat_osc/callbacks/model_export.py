@@ -20,9 +20,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_qat_osc.callbacks._requirements import require_quantization
 from lightning_qat_osc.checks import check_choice, check_flag
-from lightning_qat_osc.deepcopies import copied
+from lightning_qat_osc.deepcopies import deep_copy
 from lightning_qat_osc.export.formats import SUFFIXES, ExportFormat, export_model, require_packages
-from lightning_qat_osc.loading import rename_state
+from lightning_qat_osc.loading import apply_load_hook
 from lightning_qat_osc.lookup import quantized_layers
 
 __all__ = ["ModelExport"]
@@ -195,7 +195,7 @@ class ModelExport(pl.Callback):
             self._export_best(trainer, pl_module)
         elif trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = Path(self.dirpath or trainer.default_root_dir)
-            self._export(copied(self._network(pl_module)), self._with_suffixes(folder / "model"))
+            self._export(deep_copy(self._network(pl_module)), self._with_suffixes(folder / "model"))
 
     @property
     def state_key(self) -> str:
@@ -265,11 +265,11 @@ class ModelExport(pl.Callback):
             return
         self._exported = best
         try:
-            module = copied(pl_module)
+            module = deep_copy(pl_module)
             # read the file, not the model: the model may have changed since, and averaged weights are not in it now
             # this run wrote the file, so it is trusted, whatever hyperparameters it contains
             checkpoint = torch.load(best[0], map_location="cpu", weights_only=False)
-            rename_state(module, checkpoint, with_values=True)
+            apply_load_hook(module, checkpoint, with_values=True)
             module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
             self._files[best[0]] = self._beside(best[0])
             self._export(self._network(module), self._files[best[0]])

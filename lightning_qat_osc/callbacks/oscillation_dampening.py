@@ -16,7 +16,7 @@ from lightning_qat_osc.callbacks._requirements import require_one, require_quant
 from lightning_qat_osc.checks import check_bits, check_choice, check_number
 from lightning_qat_osc.regularizers import Aggregation, dampening_loss
 from lightning_qat_osc.schedules import Schedule, constant, cosine_anneal
-from lightning_qat_osc.sharding import whole
+from lightning_qat_osc.sharding import full_tensor
 from lightning_qat_osc.sweep import add_dampening
 
 __all__ = ["OscillationDampening"]
@@ -70,7 +70,7 @@ class OscillationDampening(pl.Callback):
         self.max_bits = max_bits
         self._schedule: Schedule = constant(final_weight)
         self.weight = 0.0  # lambda in use
-        self._left_to: pl.Callback | None = None
+        self._delegate: pl.Callback | None = None
         self._step_hooks: OptimizerStepHooks
         self._weights: OptimizerWeights
 
@@ -79,9 +79,9 @@ class OscillationDampening(pl.Callback):
         self._step_hooks = require_quantization(trainer, self).step_hooks
         require_one(trainer, self)
         if stage == "fit":
-            self._left_to = None
+            self._delegate = None
 
-    def leave_to(self, other: pl.Callback) -> bool:
+    def delegate_to(self, other: pl.Callback) -> bool:
         """Let a later callback add the gradient, in the pass over the gradients that it makes anyway.
 
         Args:
@@ -90,8 +90,8 @@ class OscillationDampening(pl.Callback):
         Returns:
             Whether ``other`` is to add the gradient: False if another callback has asked before.
         """
-        self._left_to = self._left_to or other
-        return self._left_to is other
+        self._delegate = self._delegate or other
+        return self._delegate is other
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Register step hooks, and set up the schedule for the length of the run."""
@@ -109,7 +109,7 @@ class OscillationDampening(pl.Callback):
         """Add lambda times the dampening gradient to the gradients of the weights that this optimizer will move."""
         self._step_hooks.begin(self, optimizer)
         self.weight = self._schedule(run_step(trainer))
-        if self.weight > 0.0 and self._left_to is None:
+        if self.weight > 0.0 and self._delegate is None:
             add_dampening(self._weights.about_to_move(optimizer), self.weight, self.aggregation)
 
     @torch.no_grad()
@@ -125,4 +125,4 @@ class OscillationDampening(pl.Callback):
         ]
         pl_module.log("oscillation/dampening_weight", self.weight)
         if losses:
-            pl_module.log("oscillation/dampening_loss", whole(torch.stack(losses).sum()))
+            pl_module.log("oscillation/dampening_loss", full_tensor(torch.stack(losses).sum()))

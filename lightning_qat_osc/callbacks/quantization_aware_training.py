@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 from lightning_qat_osc.callbacks._frozen_weights import release_frozen_weights
 from lightning_qat_osc.callbacks._optimizer_steps import OptimizerStepHooks
 from lightning_qat_osc.callbacks._progress import is_log_step
-from lightning_qat_osc.callbacks._range_initialisation import (
+from lightning_qat_osc.callbacks._range_initialization import (
     WatchedSteps,
-    initialise_ranges,
-    say_why_there_are_no_ranges,
+    initialize_ranges,
+    report_missing_ranges,
 )
-from lightning_qat_osc.callbacks._scale_updates import ScaleUpdates, with_room_for_scales
+from lightning_qat_osc.callbacks._scale_updates import ScaleUpdates, add_scales_to_state
 from lightning_qat_osc.callbacks._sharded_restore import load_histories
 from lightning_qat_osc.callbacks._training_passes import ForwardFn, can_run_training_step
 from lightning_qat_osc.callbacks._unsupported import (
@@ -31,20 +31,20 @@ from lightning_qat_osc.callbacks._unsupported import (
     check_layers,
     check_strategy,
     refuse_late_layers,
-    warn_of_copied_process,
-    warn_of_late_layers,
-    warn_of_teachers,
+    warn_about_copied_process,
+    warn_about_late_layers,
+    warn_about_teachers,
 )
 from lightning_qat_osc.checks import check_count, check_file, check_flag, check_function, check_number
 from lightning_qat_osc.config import Granularity, LayerRule, QuantConfig, config_differences
-from lightning_qat_osc.files import written_whole
+from lightning_qat_osc.files import atomic_write
 from lightning_qat_osc.kernels import why_nothing_compiles
 from lightning_qat_osc.lookup import quantizers, scale_parameters
 from lightning_qat_osc.plan import LayerPlan, format_plan, quantization_plan
 from lightning_qat_osc.ranges import RangeMethod
 from lightning_qat_osc.rules import bits_differences
 from lightning_qat_osc.scales import hold_scales, release_scales
-from lightning_qat_osc.sharding import whole
+from lightning_qat_osc.sharding import full_tensor
 from lightning_qat_osc.surgery import quantizable_layers, quantize_model, unquantized_layers
 
 __all__ = ["QuantizationAwareTraining"]
@@ -79,11 +79,11 @@ class QuantizationAwareTraining(pl.Callback):
         first_last_bits: Bits of the first and last layer; the first layer's input stays in full precision, as in
             the paper. None treats both layers like all others, inputs included.
         weight_granularity: "per_tensor", or "per_channel" for one weight scale per output channel.
-        weight_range: How weight ranges are initialised: "mse" (least squared error), "minmax", "percentile" (0.1th to
+        weight_range: How weight ranges are initialized: "mse" (least squared error), "minmax", "percentile" (0.1th to
             99.9th) or "lsq" (2 mean|w| / sqrt(quant_max)).
-        activation_range: How activation ranges are initialised; the same choices as for ``weight_range``.
+        activation_range: How activation ranges are initialized; the same choices as for ``weight_range``.
         rules: Exceptions by layer name or type; they apply to the first and last layer as well.
-        calibration_batches: Number of training batches from which activation ranges are initialised.
+        calibration_batches: Number of training batches from which activation ranges are initialized.
         scale_learning_rate: Learning rate of the Adam optimizer for the scales. It acts on the logarithm of a scale, so
             a step changes a scale by about this share of its value. It follows the learning-rate schedule of the
             module's optimizer.
@@ -162,13 +162,13 @@ class QuantizationAwareTraining(pl.Callback):
         if stage == "fit":
             # a fit that failed after reading its checkpoint may have left these
             self._scale_updates = self._saved_scale_updates = self._float_checkpoint = None
-            warn_of_copied_process(trainer, pl_module)
+            warn_about_copied_process(trainer, pl_module)
             self._late.clear()
         if quantizable_layers(pl_module):
             quantize_model(pl_module, self.config)
         if stage == "fit":
             release_scales(pl_module)
-            warn_of_teachers(trainer, pl_module)
+            warn_about_teachers(trainer, pl_module)
         elif trainer.strategy.restore_checkpoint_after_setup:
             hold_scales(pl_module)  # the Trainer may still have a fit's optimizers, and restores them, too
 
@@ -180,7 +180,7 @@ class QuantizationAwareTraining(pl.Callback):
         if self._saved_scale_updates is not None:
             self._scale_updates.load_state_dict(self._saved_scale_updates)
             self._saved_scale_updates = None
-        self._make_room_for_scales(trainer, pl_module)
+        self._add_scales_to_checkpoint(trainer, pl_module)
         if trainer.strategy.restore_checkpoint_after_setup:
             hold_scales(pl_module)  # no optimizer must be asked for the scales' state during a restore
 
@@ -211,25 +211,25 @@ class QuantizationAwareTraining(pl.Callback):
             )
             self._float_checkpoint = checkpoint
             if self._scale_updates is not None:  # sharded strategies restore after on_fit_start
-                self._make_room_for_scales(trainer, pl_module)
+                self._add_scales_to_checkpoint(trainer, pl_module)
         elif trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None:
             load_histories(pl_module, trainer.ckpt_path)
 
-    def _make_room_for_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _add_scales_to_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         checkpoint, self._float_checkpoint = self._float_checkpoint, None
         if checkpoint is not None and "optimizer_states" in checkpoint:
             scales = {id(scale) for scale in scale_parameters(pl_module)}
             checkpoint["optimizer_states"] = [
-                with_room_for_scales(state, optimizer, scales)
+                add_scales_to_state(state, optimizer, scales)
                 for state, optimizer in zip(checkpoint["optimizer_states"], trainer.optimizers)
             ]
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reset ranges that were set before weights in full precision were loaded."""
-        _begin_anew_where_stale(pl_module)
+        _reset_stale_quantizers(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Register hooks on the optimizers, and initialise the ranges, unless a checkpoint contained them."""
+        """Register hooks on the optimizers, and initialize the ranges, unless a checkpoint contained them."""
         assert self._scale_updates is not None
         self._checked = False
         self.step_hooks.attach(trainer, scale_parameters(pl_module))
@@ -238,7 +238,7 @@ class QuantizationAwareTraining(pl.Callback):
         # layers from the module's own on_fit_start, which runs after ours; a frozen loss network there is allowed
         late = unquantized_layers(pl_module, self.config)
         refuse_late_layers([n for n in late if any(p.requires_grad for p in pl_module.get_submodule(n).parameters())])
-        _begin_anew_where_stale(pl_module)
+        _reset_stale_quantizers(pl_module)
         self._check_bits(pl_module)
         release_frozen_weights(trainer, pl_module)
         if all(q.calibrated for q in quantizers(pl_module) if q.bits is not None):
@@ -246,7 +246,7 @@ class QuantizationAwareTraining(pl.Callback):
         if self.forward_fn is None and not can_run_training_step(pl_module):
             self._watched = WatchedSteps(trainer, pl_module, self.config)
             return
-        initialise_ranges(trainer, pl_module, self.config, self.calibration_batches, self.forward_fn)
+        initialize_ranges(trainer, pl_module, self.config, self.calibration_batches, self.forward_fn)
         self._show_plan(pl_module)
 
     def _show_plan(self, pl_module: pl.LightningModule) -> None:
@@ -263,7 +263,7 @@ class QuantizationAwareTraining(pl.Callback):
         if batch_idx == 0:
             late = set(unquantized_layers(pl_module, self.config)) - self._late
             self._late |= late
-            warn_of_late_layers(sorted(late))
+            warn_about_late_layers(sorted(late))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -301,7 +301,7 @@ class QuantizationAwareTraining(pl.Callback):
         Raises:
             MisconfigurationException: If a scale is not finite. After a NaN loss, none of the scales is.
         """
-        scales = [whole(s).detach().isfinite().all() for s in scale_parameters(pl_module)]
+        scales = [full_tensor(s).detach().isfinite().all() for s in scale_parameters(pl_module)]
         if scales and not bool(torch.stack(scales).all()):
             raise MisconfigurationException(
                 f"scales of the quantizers are not finite after optimizer step {trainer.global_step}: a loss or "
@@ -328,7 +328,7 @@ class QuantizationAwareTraining(pl.Callback):
             self._finish_watching(pl_module)
             self._check_bits(pl_module)
             self._check_scales(trainer, pl_module)
-            self._say_if_uncalibrated(pl_module)
+            self._warn_if_uncalibrated(pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the state that was loaded, and warn if the evaluation runs in full precision."""
@@ -340,9 +340,9 @@ class QuantizationAwareTraining(pl.Callback):
 
     def _before_evaluation(self, pl_module: pl.LightningModule) -> None:
         """Reset stale ranges, refuse weights of another quantization, and warn if there are no ranges."""
-        _begin_anew_where_stale(pl_module)
+        _reset_stale_quantizers(pl_module)
         self._check_bits(pl_module)
-        self._say_if_uncalibrated(pl_module)
+        self._warn_if_uncalibrated(pl_module)
 
     def _check_bits(self, pl_module: pl.LightningModule) -> None:
         # a weights-only checkpoint has bits, but not this callback's state, in which load_state_dict would find them
@@ -353,7 +353,7 @@ class QuantizationAwareTraining(pl.Callback):
                 f"{_FOR_OTHER_BITS}"
             )
 
-    def _say_if_uncalibrated(self, pl_module: pl.LightningModule) -> None:
+    def _warn_if_uncalibrated(self, pl_module: pl.LightningModule) -> None:
         if not any(q.calibrated for q in quantizers(pl_module)):
             rank_zero_warn(
                 "The quantizers have no ranges yet, so this runs in full precision: fit, or load a checkpoint."
@@ -362,19 +362,19 @@ class QuantizationAwareTraining(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise or warn if no quantizer has a range after fit."""
         if not any(q.calibrated for q in quantizers(pl_module)):
-            say_why_there_are_no_ranges(trainer)
+            report_missing_ranges(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove the hooks, and clear the ``stale`` flags: weights exchanged within a run keep their ranges."""
         if stage == "fit":  # not an evaluation by another Trainer inside a fit
             self._end_fit(pl_module)
-        _forget_what_was_loaded(pl_module)
+        _clear_stale_flags(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Remove the hooks on optimizers and layers, and clear the ``stale`` flags."""
         if trainer.state.fn == "fit":
             self._end_fit(pl_module)
-        _forget_what_was_loaded(pl_module)
+        _clear_stale_flags(pl_module)
 
     def _end_fit(self, pl_module: pl.LightningModule) -> None:
         hold_scales(pl_module)  # a fit without this callback would move scales like any parameter
@@ -408,14 +408,14 @@ class QuantizationAwareTraining(pl.Callback):
             self._scale_updates.load_state_dict(state_dict["scale_updates"])
 
 
-def _begin_anew_where_stale(module: pl.LightningModule) -> None:
+def _reset_stale_quantizers(module: pl.LightningModule) -> None:
     """Reset ranges that are stale, because their layer's weights have since been loaded in full precision or reset."""
     for quantizer in quantizers(module):
         if quantizer.stale:
-            quantizer.begin_anew()
+            quantizer.reset()
 
 
-def _forget_what_was_loaded(module: pl.LightningModule) -> None:
+def _clear_stale_flags(module: pl.LightningModule) -> None:
     """Clear the ``stale`` flags at the end of a run: weights that were exchanged within it keep their ranges."""
     for quantizer in quantizers(module):
         quantizer.stale = False
@@ -423,5 +423,5 @@ def _forget_what_was_loaded(module: pl.LightningModule) -> None:
 
 @rank_zero_only
 def _write_plan(path: str, plan: list[LayerPlan]) -> None:
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write_text(yaml.safe_dump([asdict(line) for line in plan], sort_keys=False), encoding="utf-8")

@@ -15,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_qat_osc.arguments import with_quantized_arguments
 from lightning_qat_osc.checks import check_module
-from lightning_qat_osc.deepcopies import copied
+from lightning_qat_osc.deepcopies import deep_copy
 from lightning_qat_osc.export.folding import Folding
 from lightning_qat_osc.export.folding import fold_batch_norm as fold
 from lightning_qat_osc.export.integers import (
@@ -27,7 +27,7 @@ from lightning_qat_osc.export.integers import (
     layers_by_every_name,
 )
 from lightning_qat_osc.functional import fake_quantize
-from lightning_qat_osc.layers import calling_class, keep_off_fused_path, written_parameter
+from lightning_qat_osc.layers import calling_class, disable_fused_path, written_parameter
 from lightning_qat_osc.lookup import quantized_layers
 from lightning_qat_osc.quantized_layer import QuantizedLayer
 
@@ -96,7 +96,9 @@ def convert(module: Module, *, fold_batch_norm: bool = False) -> Module:
     The result is a deep copy in evaluation mode. Each layer has its original class again, and the state_dict has the
     keys of the float model. If only weights are quantized, nothing of this package remains, and outputs equal the
     quantized model's bit for bit. A layer with quantized inputs has one :class:`QuantizeInputs` among its forward
-    pre-hooks, with the same arithmetic, so its outputs are equal, too.
+    pre-hooks, with the same arithmetic, so its outputs are equal, too. (When no gradients are recorded, torch may
+    sum in another order in ``batch_first`` recurrent layers and in linear layers with non-contiguous inputs: their
+    outputs are equal up to rounding.)
 
     MultiheadAttention keeps the subclass that calls its output projection: torch's own forward reads the weight of the
     projection without calling it, and takes a fused path in evaluation that rounds differently. For the same reason,
@@ -172,7 +174,7 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
 
 def without_quantizers(module: Module) -> Module:
     """Return a deep copy in evaluation mode in which every layer has its original class and its latent weights."""
-    plain = copied(module).eval()
+    plain = deep_copy(module).eval()
     layers = set(layers_by_every_name(plain).values())
     for layer in layers:
         for child in {*layer.parameter_quantizers.values(), *layer.argument_quantizers.values()}:
@@ -194,7 +196,7 @@ def prepare_layers(module: nn.Module, names: Iterable[str]) -> None:
         layer = module.get_submodule(name)
         layer.__class__ = calling_class(type(layer))
     for child in module.modules():
-        keep_off_fused_path(child)
+        disable_fused_path(child)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_qat_osc.export.integers import IntegerWeight
 from lightning_qat_osc.layers import layer_kind
-from lightning_qat_osc.lookup import qualified
+from lightning_qat_osc.lookup import qualified_name
 
 __all__ = ["CannotFoldError", "Folding", "affine", "fold_batch_norm", "remove_batch_norm", "scaled_channels"]
 
@@ -101,7 +101,7 @@ def fold_batch_norm(
             assert norm.running_var is not None
             statistics = norm.running_mean, norm.running_var
             factor, bias = affine(layer.bias, norm.weight, norm.bias, *statistics, norm.eps)
-            keys = [qualified(other, "weight") for other in graphs.names[layer]]
+            keys = [qualified_name(other, "weight") for other in graphs.names[layer]]
             axis = 1 if isinstance(layer, _ConvTransposeNd) else 0
             if keys[0] in weights:
                 weights.update(dict.fromkeys(keys, scaled_channels(weights[keys[0]], factor, axis)))
@@ -287,7 +287,7 @@ class _Graphs:
             if any(isinstance(m, _BatchNorm) for m in module.modules()):
                 self._untraced[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 for child_name, child in module.named_children():
-                    self._trace(qualified(name, child_name), child, seen)
+                    self._trace(qualified_name(name, child_name), child, seen)
             return
         self._kept |= kept
         for node in graph.nodes:
@@ -360,7 +360,7 @@ class _Graphs:
         read = {str(node.target) for node in source.graph.nodes if node.op == "get_attr"}
         for what in (layer, norm):
             for key in (*what._parameters, *what._buffers):
-                if any(qualified(self._within(traced, what), key) == attribute for attribute in read):
+                if any(qualified_name(self._within(traced, what), key) == attribute for attribute in read):
                     raise CannotFoldError(f"{key} of '{self.names[what][0]}' is read outside of it")
         if isinstance(layer, _ConvTransposeNd) and layer.groups > 1:
             raise CannotFoldError(

@@ -13,7 +13,7 @@ from lightning_qat_osc.export.extras import require_extra
 from lightning_qat_osc.export.onnx import export_onnx
 from lightning_qat_osc.export.packed import save_packed
 from lightning_qat_osc.export.pt2e import export_program
-from lightning_qat_osc.files import written_whole
+from lightning_qat_osc.files import atomic_write
 
 __all__ = ["ExportFormat", "SUFFIXES", "export_model", "require_packages"]
 
@@ -72,5 +72,5 @@ def export_model(
         return
     check_module("module", module)
     check_file("path", path)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.export.save(export_program(module, example_input, dynamic_batch=dynamic_batch), temporary)

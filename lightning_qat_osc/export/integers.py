@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lightning_qat_osc.checks import check_module
 from lightning_qat_osc.functional import quantize_to_int
-from lightning_qat_osc.lookup import qualified, quantized_layers
+from lightning_qat_osc.lookup import qualified_name, quantized_layers
 from lightning_qat_osc.quantized_layer import QuantizedLayer, latent_weight
 from lightning_qat_osc.quantizers import InputQuantizer, WeightQuantizer
-from lightning_qat_osc.sharding import whole
+from lightning_qat_osc.sharding import full_tensor
 
 __all__ = [
     "InputGrid",
@@ -108,15 +108,15 @@ def integer_weights(module: nn.Module) -> dict[str, IntegerWeight]:
             shared = layer._parameters.get(parameter)
             key = (quantizer, layer if shared is None else shared)
             if key not in found:
-                weight = whole(latent_weight(layer, parameter)).detach()
-                found[key] = _integers(qualified(name, parameter), weight, quantizer)
-            weights[qualified(name, parameter)] = found[key]
+                weight = full_tensor(latent_weight(layer, parameter)).detach()
+                found[key] = _integers(qualified_name(name, parameter), weight, quantizer)
+            weights[qualified_name(name, parameter)] = found[key]
     return weights
 
 
 def _integers(name: str, weight: Tensor, quantizer: WeightQuantizer) -> IntegerWeight:
     assert quantizer.bits is not None
-    scale = whole(quantizer.scale).detach().clone()
+    scale = full_tensor(quantizer.scale).detach().clone()
     if bool(weight.isnan().any()):
         raise ValueError(f"weight '{name}' must not contain NaN to be converted to integers")
     if not bool((scale.isfinite() & (scale > 0)).all()):
@@ -159,7 +159,7 @@ def argument_grids(layer: QuantizedLayer) -> Iterator[tuple[str, InputGrid | Non
 
 def _grid(quantizer: InputQuantizer) -> InputGrid:
     assert quantizer.bits is not None
-    scale = whole(quantizer.scale).detach()
+    scale = full_tensor(quantizer.scale).detach()
     return InputGrid(
         scale=scale.item(),
         zero_point=quantizer.zero_point,

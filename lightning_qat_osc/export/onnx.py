@@ -12,7 +12,7 @@ from lightning_qat_osc.arguments import call_arguments
 from lightning_qat_osc.checks import check_count, check_file, check_module
 from lightning_qat_osc.export.extras import require_extra
 from lightning_qat_osc.export.pt2e import export_program
-from lightning_qat_osc.files import written_whole
+from lightning_qat_osc.files import atomic_write
 
 __all__ = ["export_onnx"]
 
@@ -96,5 +96,5 @@ def export_onnx(
         )
     onnx_graph.finish(exported.model, program)
     content = onnx_graph.checked(exported.model)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write_bytes(content)

@@ -30,7 +30,7 @@ from lightning_qat_osc.export.convert import (
 from lightning_qat_osc.export.extras import require_extra
 from lightning_qat_osc.export.folding import CannotFoldError, remove_batch_norm
 from lightning_qat_osc.export.integers import InputGrid, IntegerWeight
-from lightning_qat_osc.files import written_whole
+from lightning_qat_osc.files import atomic_write
 
 __all__ = ["load_packed", "pack", "save_packed", "unpack"]
 
@@ -132,7 +132,7 @@ def save_packed(module: nn.Module, path: str | PathLike[str], *, fold_batch_norm
         raise ValueError(
             f"state_dict entry '{odd}' has dtype {tensors[odd].dtype}, which safetensors does not support"
         ) from error
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)  # safetensors' save_file makes the file unreadable for other users
 
 

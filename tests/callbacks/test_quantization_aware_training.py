@@ -329,7 +329,7 @@ def test_a_network_that_was_never_trained_gets_ranges_that_let_it_train():
         torch.nn.init.normal_(conv.weight, std=1e-3)  # in evaluation mode this would reach the next layer
     trainer([qat(first_last_bits=None), look], max_steps=1, limit_val_batches=0).fit(module, Data())
     q = module.point.input_quantizer
-    assert q.scale.item() * 7 > 0.5  # normalised values, not thousandths
+    assert q.scale.item() * 7 > 0.5  # normalized values, not thousandths
     assert (look.gradients[0] != 0).any()
     assert module.bn1.num_batches_tracked.item() == 1
 

@@ -28,7 +28,7 @@ from torch.utils.data import (
 from torchmetrics import MeanMetric, MinMaxMetric
 
 from lightning_qat_osc import BatchNormReestimation, QuantizationAwareTraining
-from lightning_qat_osc.callbacks._loader_copies import independent
+from lightning_qat_osc.callbacks._loader_copies import independent_copy
 from lightning_qat_osc.callbacks._training_batches import _share_of_rank
 
 
@@ -302,7 +302,7 @@ class Stream(IterableDataset):
 
 def test_what_a_copy_leaves_alone(tmp_path):
     closing = DataLoader(Stream(tmp_path / "tokens"), 8)
-    assert independent(closing).dataset is closing.dataset
+    assert independent_copy(closing).dataset is closing.dataset
     gc.collect()
     assert closing.dataset.store["open"]
 
@@ -314,7 +314,7 @@ def test_what_a_copy_leaves_alone(tmp_path):
             return iter(self.order)
 
     plain = DataLoader(Plain(closing.dataset), 8)
-    copied = independent(plain).dataset
+    copied = independent_copy(plain).dataset
     assert copied is not plain.dataset
     assert copied.order is not plain.dataset.order
     assert copied.tokens is plain.dataset.tokens

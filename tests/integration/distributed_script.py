@@ -31,7 +31,7 @@ from lightning_qat_osc import (
     sweep,
 )
 from lightning_qat_osc.lookup import quantized_weights, scale_parameters
-from lightning_qat_osc.sharding import own_part, reshard, whole
+from lightning_qat_osc.sharding import full_tensor, local_part, reshard
 
 
 def config_of(granularity):
@@ -92,7 +92,7 @@ class Look(L.Callback):
         self.initial, self.bn, self.logged, self.sent = None, [], {}, []
 
     def on_train_start(self, trainer, pl_module):
-        self.initial = [whole(s).mean().item() for s in scale_parameters(pl_module)]
+        self.initial = [full_tensor(s).mean().item() for s in scale_parameters(pl_module)]
         wrapper = trainer.strategy.model
         if isinstance(wrapper, nn.parallel.DistributedDataParallel):
             broadcast = wrapper._distributed_broadcast_coalesced
@@ -129,12 +129,12 @@ def report(module, look=None) -> dict:
     return {
         **({} if look is None else {"initial": look.initial, "bn": look.bn, "logged": look.logged, "sent": look.sent}),
         "quantized": [w.name for w in quantized_weights(module)],
-        "scales": [whole(s).detach().flatten().tolist() for s in scale_parameters(module)],
-        "weights": [whole(p).detach().double().abs().sum().item() for p in module.parameters()],
-        "integers": {n: whole(s.weight_int).flatten().tolist() for n, s in states.items()},
-        "frozen": sum(int(whole(s.frozen).sum()) for s in states.values()),
-        "frequency": {n: whole(s.frequency).sum().item() for n, s in states.items()},
-        "here": sum(own_part(s.weight_int).numel() for s in states.values()),
+        "scales": [full_tensor(s).detach().flatten().tolist() for s in scale_parameters(module)],
+        "weights": [full_tensor(p).detach().double().abs().sum().item() for p in module.parameters()],
+        "integers": {n: full_tensor(s.weight_int).flatten().tolist() for n, s in states.items()},
+        "frozen": sum(int(full_tensor(s.frozen).sum()) for s in states.values()),
+        "frequency": {n: full_tensor(s.frequency).sum().item() for n, s in states.items()},
+        "here": sum(local_part(s.weight_int).numel() for s in states.values()),
         "all": sum(s.weight_int.numel() for s in states.values()),
         "kernels": kernels.compiled.cache_info().currsize,
     }

@@ -1,6 +1,7 @@
 """Checkpoints of every kind, into every kind of module."""
 
 import copy
+import errno
 import threading
 import zipfile
 
@@ -361,9 +362,18 @@ def test_a_truncated_file_loses_nothing(runs, tmp_path, share):
         trainer(callbacks()).fit(going_on, Data(), ckpt_path=tmp_path / "cut.ckpt")
     assert not isinstance(error.value, AssertionError)
     assert all(torch.equal(value, before[key]) for key, value in going_on.state_dict().items())
-    with pytest.raises(Exception, match="."):
+    with pytest.raises(ValueError, match=r"cut\.ckpt is damaged"):
         load_quantized(ConvModule, tmp_path / "cut.ckpt")
     trainer(callbacks(), max_epochs=1).fit(going_on, Data())
+
+
+def test_a_file_that_cannot_be_reached_is_not_called_damaged(monkeypatch):
+    def fails(*args, **kwargs):
+        raise ConnectionResetError(errno.ECONNRESET, "connection reset by peer")
+
+    monkeypatch.setattr("lightning_qat_osc.files.fsspec.open", fails)
+    with pytest.raises(ConnectionResetError):
+        load_quantized(ConvModule, "s3://bucket/last.ckpt")
 
 
 def test_a_folder_of_shards_is_refused_with_the_way_out(tmp_path):

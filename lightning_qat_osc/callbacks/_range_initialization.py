@@ -16,15 +16,15 @@ from lightning_qat_osc.batch_norm import batch_norm_layers, batch_statistics
 from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.callbacks._optimizer_weights import optimized_parameters
 from lightning_qat_osc.callbacks._training_batches import training_batches
-from lightning_qat_osc.callbacks._training_passes import ForwardFn, eagerly, training_pass, without_side_effects
+from lightning_qat_osc.callbacks._training_passes import ForwardFn, force_eager, training_pass, without_side_effects
 from lightning_qat_osc.config import QuantConfig
 
-__all__ = ["WatchedSteps", "initialise_ranges", "say_why_there_are_no_ranges"]
+__all__ = ["WatchedSteps", "initialize_ranges", "report_missing_ranges"]
 
 _NO_BATCHES = "the training data must have at least 1 batch to initialize ranges from, got 0"
 
 
-def initialise_ranges(
+def initialize_ranges(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     config: QuantConfig,
@@ -77,7 +77,7 @@ class WatchedSteps:
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, config: QuantConfig) -> None:
         self._calibrator = Calibrator(pl_module, config, optimized_parameters(trainer))
         self._watching = ExitStack()
-        self._watching.enter_context(eagerly())
+        self._watching.enter_context(force_eager())
         self._watching.enter_context(self._calibrator.observe(weights=False))
 
     def finish(self) -> None:
@@ -90,7 +90,7 @@ class WatchedSteps:
         self._watching.close()
 
 
-def say_why_there_are_no_ranges(trainer: pl.Trainer) -> None:
+def report_missing_ranges(trainer: pl.Trainer) -> None:
     """Raise if a run had no training batches, and warn if it had already ended: Lightning does neither.
 
     Raises:

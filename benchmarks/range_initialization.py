@@ -1,6 +1,6 @@
 """Time to insert quantizers for 25 million weights and to initialize their ranges, by method and granularity.
 
-``python benchmarks/range_initialisation.py`` prints medians of interleaved runs, and ratios to one read of the weights.
+``python benchmarks/range_initialization.py`` prints medians of interleaved runs, and ratios to one read of the weights.
 """
 
 from __future__ import annotations
