@@ -18,7 +18,7 @@ __all__ = ["batch_norm_divergence", "batch_norm_layers", "batch_statistics", "re
 
 
 def batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the batch-norm layers of a model that update running statistics, by name.
+    """Return the batch-norm layers of a model that track running statistics, by name.
 
     Layers with ``track_running_stats=False``, such as those that Lightning's BaseFinetuning has frozen, are left out.
     """
@@ -141,10 +141,10 @@ def reestimate_batch_norm(
     r"""Set batch-norm statistics to the mean and variance over some batches (arXiv 2203.11086, Sec. 2.3.1).
 
     Each layer gets exactly the mean and the unbiased variance of all values that it normalized: those of the
-    concatenated batches, whatever their sizes, and of all ranks in a distributed run. During the passes, the batch-norm
-    layers use batch statistics, as in training, and all other modules run in evaluation mode. Weights, other buffers,
-    modes and ``num_batches_tracked`` do not change, nor do the statistics of a layer that saw no batch. If a pass
-    raises, nothing is changed.
+    concatenated batches, whatever their sizes, and of all ranks in a distributed run. During the passes, these layers
+    use batch statistics, as in training, and all other modules run in evaluation mode. Weights, other buffers, modes
+    and ``num_batches_tracked`` do not change, nor do the statistics of a layer that saw no batch. If a pass or
+    ``batches`` raises, nothing is changed.
 
     Args:
         module: The model.

@@ -92,7 +92,7 @@ class Calibrator:
         followers = [name for name in fixed if name in copies]
         beside = {part_of[name] for name in followers}
         others = [name for name in fixed if part_of[name] not in beside]
-        # if no data bypasses the untrained layers, those that follow adapters, as with LoRA, are not a teacher
+        # if all trained layers read untrained ones, as with LoRA, those after the last adapter are not a teacher
         adapted = set() if self._seen.flow.bypassed else {name.partition(".")[0] for name in self._trained}
         unread = [n for n in others if part_of[n] not in arrived and n.partition(".")[0] not in adapted]
         sizes = Counter(part_of[name] for name in others)
@@ -157,7 +157,7 @@ class Calibrator:
         for asked in () if self._quantized.keys() - ends else replaced - {bits, None}:
             yield (
                 f"Every quantized layer is the first or the last and has first_last_bits={bits}, so none has the "
-                f"{asked} bits that were asked for: set first_last_bits=None to give them these."
+                f"{asked} bits that were asked for: set first_last_bits=None to give them {asked}."
             )
 
     def _set_bits_of(self, copies: Mapping[str, str]) -> dict[InputQuantizer, InputQuantizer]:

@@ -77,7 +77,8 @@ def read_checkpoint(
         weights_only: Read only tensors and plain values.
 
     Raises:
-        ValueError: If the file cannot be read, or has no quantizers.
+        OSError: If the file does not exist or cannot be opened.
+        ValueError: If the file is not a readable checkpoint, or has no quantizers.
     """
     checkpoint = read_tensors(path, map_location="cpu", weights_only=weights_only)
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
@@ -121,7 +122,8 @@ def inspect_checkpoint(path: str | PathLike[str], *, weights_only: bool = True) 
         One entry for each weight, and one for each layer in which only inputs are quantized.
 
     Raises:
-        ValueError: If the checkpoint cannot be read, or has no quantizers.
+        OSError: If the file does not exist or cannot be opened.
+        ValueError: If the file is not a readable checkpoint, or has no quantizers.
     """
     return inspect_state(read_checkpoint(path, weights_only=weights_only)[1])
 

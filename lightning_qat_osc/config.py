@@ -16,7 +16,7 @@ Granularity = Literal["per_tensor", "per_channel"]
 """One scale for the whole tensor, or one for each output channel."""
 
 Bits = int | None | Literal["default"]
-"""A width of 2 to 8, None for full precision, or "default" for the setting of the whole model."""
+"""A width of 2 to 8, None for full precision, or "default" if a rule does not set it."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class LayerRule:
     Args:
         pattern: Layer names with the wildcards ``*``, ``?`` and ``[...]``, such as ``features.*``. None matches all.
         layer_type: Name of the layers' class or of a base class of it, such as ``Conv2d``. None matches all.
-        weight_bits: Bits of the weights, 2 to 8. None leaves them in full precision; "default" keeps the model's bits.
+        weight_bits: Bits of the weights, 2 to 8. None leaves them in full precision; "default" sets nothing, so that
+            other rules or the model's bits, including ``first_last_bits``, apply.
         activation_bits: Bits of the inputs, with the same choices. If both are None, the layer is not quantized.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Untrained copies of a network that a model contains next to it, such as an exponential moving average."""
+"""Untrained copies of a network inside the same model, such as an exponential moving average."""
 
 from __future__ import annotations
 

@@ -126,8 +126,8 @@ def fake_quantize(
     Nagel et al., arXiv 2203.11086, Eqs. 1-2.
 
     Unlike ``torch.fake_quantize_per_tensor_affine``, which multiplies by the reciprocal of the scale, this divides, as
-    the equation and ONNX's QuantizeLinear do. The gradient passes where v itself lies within the limits. The zone where
-    round(v) lies within them would be half a step wider at each end.
+    the equation and ONNX's QuantizeLinear do. The gradient passes where v itself lies within the limits, and not
+    wherever round(v) does: that zone would be half a step wider at each end.
 
     Args:
         x: Values of any shape and floating dtype.

@@ -43,8 +43,8 @@ def load_quantized(
         module_class: The LightningModule's class.
         checkpoint_path: A checkpoint of :class:`~lightning_qat_osc.QuantizationAwareTraining`.
         config: How the module is quantized. None: as the checkpoint says; a checkpoint that was saved with
-            ``save_weights_only=True`` does not say it. Any value other than a QuantConfig is passed to the module, if
-            the module has an argument called ``config``.
+            ``save_weights_only=True``, or by a Trainer without QuantizationAwareTraining, does not say it. Any value
+            other than a QuantConfig is passed to the module, if the module has an argument called ``config``.
         map_location: Where to put the tensors, as in ``torch.load``. None: on the device that they were saved from, or
             on the CPU if that device does not exist.
         weights_only: Read only tensors and plain values. Use False for a trusted checkpoint with other objects, for
@@ -58,7 +58,8 @@ def load_quantized(
     Raises:
         TypeError: If ``module_class`` is not the class of a LightningModule, ``checkpoint_path`` is not a path, or
             ``config`` is neither a QuantConfig nor an argument of the module.
-        ValueError: If the checkpoint cannot be read, is a folder of shards, is only a state_dict, or has no quantizers;
+        OSError: If the file does not exist or cannot be opened.
+        ValueError: If the checkpoint is damaged, is a folder of shards, is only a state_dict, or has no quantizers;
             if it does not say how it is quantized and ``config`` is None; if its bits differ from those of ``config``;
             or if the module's ``on_load_checkpoint`` leaves the quantizers out.
         RuntimeError: If the checkpoint does not fit the module.
@@ -103,7 +104,7 @@ def load_with_arguments(
     config = config or config_of_checkpoint(checkpoint)
     if config is None:
         raise ValueError(
-            f"{checkpoint_path} does not contain its quantization configuration (it was saved with "
+            f"{checkpoint_path} does not contain its quantization configuration (maybe it was saved with "
             "save_weights_only=True): pass config=QuantConfig(...) with the settings of QuantizationAwareTraining"
         )
     with warnings.catch_warnings():

@@ -6,7 +6,7 @@ r"""Fast LSQ gradients: what the backward pass of :func:`~lightning_qat_osc.fake
     \frac{\partial x_q}{\partial s} = \mathrm{round}(v) - v \text{ inside},\; n \text{ or } p \text{ outside}
 
 Source: LSQ, arXiv 1902.08153, Eqs. 2 and 3. :func:`gradients` follows them line by line. The functions
-below it choose operations that are fast on CPUs and in compilers; docs/performance.md lists what each one gains.
+below it choose operations that are fast on CPUs and in compilers, for reasons that docs/performance.md explains.
 """
 
 from __future__ import annotations

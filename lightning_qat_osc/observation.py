@@ -24,8 +24,10 @@ __all__ = ["Observation", "ObservedInput"]
 
 _SAMPLE_PER_CALL = 2**16  # elements of each layer's input that are kept from one call
 _SAMPLE = 2**18  # and from all calls of all ranks together
-_GOLDEN = (5**0.5 - 1) / 2  # a step of a whole number plus this aligns with no number of features
-_PLASTIC = 0.7548776662466927  # its multiples align with neither (the root of x^3 + x^2 = 1; _GOLDEN: of x^2 + x = 1)
+# a sampling step of a whole number plus this, the root of x^2 + x = 1, never falls into step with the features
+_GOLDEN = (5**0.5 - 1) / 2
+# offsets of successive calls, multiples of this, the root of x^3 + x^2 = 1, fall into step with neither
+_PLASTIC = 0.7548776662466927
 _UNIT = 2**20  # fixed-point positions: float32, all that some devices have, skips odd integers above 2^24
 
 
@@ -45,7 +47,7 @@ def _sample(x: Tensor, *, convolved: bool) -> Tensor:
 
 
 def _spread(flat: Tensor, every: float, phase: float = 0.0) -> Tensor:
-    """Return one of ``every`` elements, at least one in total, from an offset of the share ``phase`` of ``every``."""
+    """Return about one in ``every`` elements, at least one; the first is ``phase * every`` elements from the start."""
     step, start = int(every * _UNIT), int(phase * min(every, flat.numel()) * _UNIT)
     count = -(-(flat.numel() * _UNIT - start) // step)
     return flat[(torch.arange(count, device=flat.device) * step + start) // _UNIT]
@@ -206,7 +208,7 @@ class Observation:
 
     @property
     def backbones(self) -> frozenset[str]:
-        """Untrained parts whose outputs trained layers read; none if a trained layer also reads the batch directly."""
+        """Untrained parts whose outputs trained layers read; none if some trained layer reads only other values."""
         return frozenset() if self.flow.bypassed else self.flow.arrived
 
     def finish(self) -> None:

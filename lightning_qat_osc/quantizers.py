@@ -36,9 +36,11 @@ class Quantizer(nn.Module):
         zero_point: The integer that stands for 0.0.
         calibrated: Whether the scale and the grid have been set from data.
         stale: Whether the layer's weights have since been loaded from a full-precision state or re-initialized.
-        held: During a fit that does not train scales, whether the layer was "trained" or "frozen" when the scale was
-            set to ``requires_grad=False``; None otherwise.
-        scale_grad: Gradient of the scale, kept here during the optimizer's step so that the optimizer does not use it.
+        held: While :func:`~lightning_qat_osc.scales.hold_scales` is in effect (outside of fits that train scales, and
+            while a sharded checkpoint is restored), whether the layer was "trained" or "frozen" when its scale was set
+            to ``requires_grad=False``; None otherwise.
+        scale_grad: Gradient of the scale, set aside before gradients are clipped until Adam's step on the scale, so
+            that the user's optimizer does not use it.
         fused: Whether to compute with compiled kernels.
         recompute: Whether the layer quantizes again in the backward pass instead of saving the result for it.
     """

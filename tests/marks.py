@@ -1,4 +1,4 @@
-"""What a test needs of the machine."""
+"""Marks that skip a test where the machine lacks what it needs."""
 
 import shutil
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""Small LightningModules, written as a user would: nothing in them knows of quantization."""
+"""Small LightningModules, written as a user would write them, without any reference to quantization."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ConvModule(L.LightningModule):
 
 
 class Manual(ConvModule):
-    """The same under manual optimization."""
+    """The same module with manual optimization."""
 
     def __init__(self) -> None:
         super().__init__()

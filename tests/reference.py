@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def fake_quantize_equation(x: Tensor, s: Tensor, n: int, p: int) -> Tensor:
-    """``s clip(round(x/s), n, p)``, rounding straight through: autograd gives LSQ's gradients."""
+    """Compute ``s clip(round(x/s), n, p)`` with a straight-through round, so that autograd gives LSQ's gradients."""
     v = x / s
-    # the gradient of torch.clamp at n and p is 1 or 0, by torch's version
+    # at n and p, the gradient of torch.clamp is 1 or 0, depending on the torch version
     clipped = torch.where((n <= v) & (v <= p), v, v.detach().clamp(n, p))
     return s * (clipped + (torch.round(clipped) - clipped).detach())
 
 
 def masked_fake_quantize(x: Tensor, s: Tensor, n: int, p: int, frozen: Tensor, z: Tensor) -> Tensor:
-    """The forward of the paper's freezing: frozen weights are the constant integer z times the learned scale."""
+    """Compute the paper's forward with freezing: a frozen weight is its constant integer z times the learned scale."""
     return torch.where(frozen, s * z, fake_quantize_equation(x, s, n, p))
 
 
@@ -29,7 +29,7 @@ def round_half_even(value: float) -> int:
 
 @dataclass
 class WeightLoop:
-    """Algorithm 1 of arXiv 2203.11086 for one weight, with Python floats, one call a step."""
+    """Algorithm 1 of arXiv 2203.11086 for one weight, with Python floats; one call of ``step`` per step."""
 
     integer: int
     momentum: float

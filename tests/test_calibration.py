@@ -10,7 +10,7 @@ from lightning_qat_osc.observation import ObservedInput
 
 
 class Net(nn.Module):
-    """Layers listed in another order than they are called in, and one that is never called."""
+    """Layers that are defined in a different order than they are called in, and one that is never called."""
 
     def __init__(self):
         super().__init__()
@@ -165,9 +165,9 @@ def test_a_sample_does_not_grow_with_the_batches():
         few.add(batch[:1000])
         assert sum(map(len, seen.samples)) <= 2**18
     assert len(seen.lows) == 24
-    assert sum(map(len, few.samples)) == 24_000  # all of it
+    assert sum(map(len, few.samples)) == 24_000  # so few values are all kept
     lengths = [len(sample) for sample in seen.samples]
-    assert min(lengths) > 0.99 * max(lengths)  # each batch counts as much
+    assert min(lengths) > 0.99 * max(lengths)  # each batch has the same weight
     assert torch.cat(seen.samples).std().item() == pytest.approx(torch.cat(batches).std().item(), rel=0.02)
     few.thin_out(10)
     assert [len(sample) for sample in few.samples] == [1] * 24
@@ -230,7 +230,7 @@ def test_other_views_of_a_weight_leave_the_grid_too(kind, function):
 
 
 def test_rows_of_a_weight_that_a_layer_returns_are_an_output():
-    class Positions(nn.Embedding):  # as Whisper's
+    class Positions(nn.Embedding):  # like Whisper's
         def forward(self, x):
             return self.weight[: x.shape[1]]
 
@@ -384,7 +384,7 @@ def test_a_frozen_backbone_holds_the_first_layer():
 
     assert first_layer(backbone_and_head(), lambda m, x: m["head"](m["backbone"](x))) == "backbone.0"
     assert first_layer(backbone_and_head(), padded) == "backbone.0"
-    # what cannot be followed leaves it to the first that is trained
+    # if the data flow cannot be traced, the first layer is the first trained one
     apart = first_layer(backbone_and_head(), lambda m, x: m["head"](torch.tensor(m["backbone"](x).tolist())))
     assert apart == "head.0"
 
@@ -421,7 +421,7 @@ def test_a_teacher_whose_features_are_projected_is_told_by_the_part_that_it_is()
 @pytest.mark.parametrize("batches", [2, 8])
 @pytest.mark.parametrize("shape", [(300,), (700,), (7, 10, 10)])  # tokens, and windows of an image
 def test_a_sample_is_of_all_features(shape, batches):
-    # of a few features that are larger than the others, none at a multiple of 3
+    # a few features are larger than the others, and the index of none of them is a multiple of 3
     torch.manual_seed(0)
     size = torch.ones(192)
     size[torch.tensor([1, 40, 100, 151])] = 8.0
@@ -436,7 +436,7 @@ def test_a_sample_is_of_all_features(shape, batches):
 @pytest.mark.parametrize("steps", [400, 900])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_sample_of_many_calls_is_of_all_features(steps, batch):
-    # as of a cell that is called once for each step in time, on values that are the number of their feature
+    # as for a recurrent cell that is called once per time step; each value is the index of its feature
     seen = ObservedInput()
     for _ in range(4 * steps):
         seen.add(torch.arange(256.0).expand(batch, 256))

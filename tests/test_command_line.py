@@ -1,4 +1,4 @@
-"""The command: inspect, export and compare, from checkpoints of every kind."""
+"""The command-line tool: inspect, export and compare, with checkpoints of every kind."""
 
 import math
 import re
@@ -39,7 +39,7 @@ X = torch.randn(5, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
 class OfOne(nn.Module):
-    """Attention of a sequence to itself."""
+    """Self-attention with one input."""
 
     def __init__(self, width):
         super().__init__()
@@ -50,7 +50,7 @@ class OfOne(nn.Module):
 
 
 class Wrapping(L.LightningModule):
-    """No forward, an argument that no checkpoint holds, a layer with two names and one weight for two."""
+    """Has no forward, an argument that checkpoints do not store, a layer with two names, and a shared weight."""
 
     def __init__(self, width):
         super().__init__()
@@ -74,7 +74,7 @@ class Small(nn.Sequential):
 
 
 class AroundNetwork(L.LightningModule):
-    """A module that is given its network, and does not save it among its hyperparameters."""
+    """A module that takes its network as an argument and does not save it with its hyperparameters."""
 
     def __init__(self, network: nn.Module, lr: float = 0.1):
         super().__init__()
@@ -86,14 +86,14 @@ class AroundNetwork(L.LightningModule):
 
 
 class MakingNetwork(AroundNetwork):
-    """The same, but for its network."""
+    """The same module, but it creates the network itself."""
 
     def __init__(self, **hyperparameters):
         super().__init__(network=Small(8), **hyperparameters)
 
 
 class Save(L.Callback):
-    """Saves in the middle of an epoch, and keeps the module as it was."""
+    """Saves checkpoints in the middle of an epoch and keeps a copy of the module from that step."""
 
     def __init__(self, folder):
         self.folder, self.module = folder, None
@@ -108,7 +108,7 @@ class Save(L.Callback):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Checkpoints from the middle of a run, and its module at that time."""
+    """Return a folder of checkpoints from the middle of a run, and a copy of the module from the same step."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     save = Save(folder)
@@ -167,12 +167,12 @@ def test_inspect_prints_a_table(run, capsys):
     assert out[0] == "epoch 5, optimizer step 44"
     assert out[1].split()[:2] == ["layer", "weight"]
     assert out[3].split()[:3] == ["depthwise", "4x1x3x3", "2"]
-    # 128 weights; 77 bytes of integers, and 19 scales
+    # 128 float weights; packed, 77 bytes of integers and 19 scales
     assert out[6].split() == ["total", "512", "B", "153", "B"]
 
 
 def test_inspect_needs_nothing_but_the_file(run, tmp_path):
-    """In a process of its own, in which the module's class cannot be imported, and no callback is."""
+    """Run in a separate process, which cannot import the module's class and creates no callbacks."""
     folder, _ = run
     command = [sys.executable, "-m", "lightning_qat_osc.cli", "inspect", str(folder / "middle.ckpt")]
     root = Path(__file__).parent.parent
@@ -251,7 +251,7 @@ def test_compare_says_where_outputs_part(run, tmp_path, capsys):
 
 
 class Routed(ConvModule):
-    """Has two heads, of which in full precision one sees everything: as if it were sent there for what it is."""
+    """Sends samples to two heads by position, but all to the first in full precision, as value-based routing might."""
 
     def __init__(self, lr=0.3):
         super().__init__(lr)
@@ -293,7 +293,7 @@ def test_equal_infinities_are_equal_outputs():
 
 
 class OfTwo(L.LightningModule):
-    """Two inputs, which are not to be mistaken for each other."""
+    """Takes two inputs that must not be swapped."""
 
     def __init__(self):
         super().__init__()
@@ -359,7 +359,7 @@ def test_a_part_of_a_module_with_arguments_and_shared_weights(tmp_path, capsys):
 
 def test_a_module_that_is_given_its_network(tmp_path, capsys, monkeypatch):
     pytest.importorskip("jsonargparse")
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning calls
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # from functions that Lightning calls
     config = QuantConfig(4, 4)
     module = quantize_model(AroundNetwork(Small(8), lr=0.2), config).eval()
     x = torch.randn(6, 4)
@@ -494,7 +494,7 @@ def test_arguments_that_are_no_json_are_named(capsys):
 
 
 class Attends(L.LightningModule):
-    """Its attention has one tensor for three arguments."""
+    """Passes the same tensor as all three arguments of its attention."""
 
     def __init__(self):
         super().__init__()

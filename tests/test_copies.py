@@ -1,4 +1,4 @@
-"""Copies of a network beside it have the grids of the original."""
+"""Copies of a network in the same module have the grids of the original."""
 
 import copy
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def data(n=64):
 
 
 class Base(L.LightningModule):
-    """A network, and ``other`` beside it."""
+    """A network and, if given, ``other``, which is made from it."""
 
     def __init__(self, other=None, *, requires_grad=False):
         super().__init__()
@@ -71,7 +71,7 @@ def average(net):
 
 
 def later(net):
-    """An average that has gone on while the network trained."""
+    """Return an average that already differs from the network, as after some training."""
     averaged = average(net)
     with torch.no_grad():
         for p in averaged.parameters():
@@ -116,7 +116,7 @@ def test_ddp_does_not_wait_for_the_scales_of_a_copy():
         def on_train_end(self, trainer, pl_module):
             assert all(q.scale.requires_grad for q in quantizers(pl_module.net))
             assert not any(q.scale.requires_grad for q in quantizers(pl_module.other))
-            warn_about_teachers(SimpleNamespace(strategy=DDPStrategy()), pl_module)  # of nothing
+            warn_about_teachers(SimpleNamespace(strategy=DDPStrategy()), pl_module)  # must not warn
 
     module = Taught(copy.deepcopy)
     for _ in range(2):
@@ -124,7 +124,7 @@ def test_ddp_does_not_wait_for_the_scales_of_a_copy():
 
 
 class Averaged(Base):
-    """An average over everything in the state, integers and masks included."""
+    """Averages everything in the state_dict, including integers and masks."""
 
     def training_step(self, batch, batch_idx):
         return (self.net(batch[0]) - batch[1]).square().mean()
@@ -151,7 +151,7 @@ def test_an_average_of_frozen_weights_is_left_to_its_owner():
 
 
 class Whole(Base):
-    """Layers of its own, and a copy of all of itself."""
+    """Has layers of its own and a copy of the whole module."""
 
     def __init__(self):
         super().__init__()
@@ -190,7 +190,7 @@ def test_which_scales_are_moved_with_the_network_goes_by_its_structure(device):
     module = Taught(copy.deepcopy)
     with torch.no_grad():
         for p in module.net.parameters():
-            p.neg_()  # as far as training may move it before a module is quantized again to be resumed
+            p.neg_()  # as far as training may move weights before a module is quantized again to resume a run
     quantize_model(module.to(device), QuantConfig(4, 8))
     assert all(q.scale.requires_grad for q in quantizers(module.net))
     assert not any(q.scale.requires_grad for q in quantizers(module.other))
@@ -217,7 +217,7 @@ def test_two_networks_of_one_structure_have_a_copy_each():
     expected = {"a.0": "two.0", "a.2": "two.2", "a.4": "two.4", "b.0": "one.0", "b.2": "one.2", "b.4": "one.4"}
     assert untrained_copies(layers, trained) == expected
     with torch.no_grad():
-        layers["a.2"].weight.mul_(3.0)  # a copy of neither
+        layers["a.2"].weight.mul_(3.0)  # now a copy of neither network
     assert untrained_copies(layers, trained) == {k: v for k, v in expected.items() if k[0] == "b"}
 
 

@@ -1,4 +1,4 @@
-"""What the documentation names is there: tests, and the files that it links to."""
+"""The documentation names only tests that exist and links only to files that exist."""
 
 import ast
 import inspect
@@ -30,7 +30,7 @@ def missing_tests(text: str) -> list[str]:
 
 
 def rows_without_a_test(text: str) -> list[str]:
-    """Rows of tables, below their heading and its rule, that name no test in their last cell."""
+    """Return the rows of tables, without header and separator, whose last cell names no test."""
     lines = text.splitlines()
     rows = [line for i, line in enumerate(lines) if line.startswith("|") and "|---" not in "".join(lines[i : i + 2])]
     return [row for row in rows if not TEST.search(row.rstrip("| ").rpartition("|")[2])]
@@ -75,7 +75,7 @@ def test_what_is_not_there_is_found():
 
 
 def documented_defaults(card: str) -> dict[str, object]:
-    """Argument -> default, of the table below "## Arguments"."""
+    """Return the default of each argument in the table below "## Arguments"."""
     section = card.partition("## Arguments\n")[2].partition("\n## ")[0]
     return {name: ast.literal_eval(value) for name, value in re.findall(r"^\| `(\w+)` \| `(.+?)` \|", section, re.M)}
 

@@ -8,7 +8,7 @@ from reference import fake_quantize_equation
 from lightning_qat_osc import functional, kernels, lsq_gradients
 from lightning_qat_osc.functional import fake_quantize, fake_quantize_pair, integer_grid, quantize_to_int
 
-# powers of two, for which torch's multiplication by the reciprocal rounds as the division does
+# powers of two: multiplying by their reciprocal, as torch does, rounds in the same way as dividing by them
 EXACT_SCALES = [2.0**-5, 0.125, 1.0]
 
 
@@ -109,7 +109,7 @@ def test_of_what_needs_no_gradient_none_is_made(monkeypatch, large):
         assert [t.grad is not None for t in (x, s)] == learned
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from the compiler's own imports
 @pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_compiler)])
 def test_a_gradient_penalty_is_differentiated_as_the_printed_equation_is(fused):
     x = torch.randn(40, 1000, dtype=torch.float64, requires_grad=True)
@@ -133,7 +133,7 @@ def test_function_transforms_are_refused_by_torch():
 
 
 @needs_compiler
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from the compiler's own imports
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 6])
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -218,7 +218,7 @@ def test_scales_of_the_last_dimension_are_not_taken_for_those_of_the_first(monke
 
 
 def test_gradient_passes_up_to_the_limits_and_no_further():
-    # torch's operator passes where the rounded value is inside, half a step further out
+    # torch's operator passes gradients where the rounded value is inside, and so up to half a step further out
     v = torch.tensor([-4.4, -4.0001, -4.0, 3.0, 3.0001, 3.4], requires_grad=True)
     fake_quantize(v, torch.ones(1), -4, 3).sum().backward()
     assert v.grad.tolist() == [0, 0, 1, 1, 0, 0]
@@ -268,7 +268,7 @@ def test_compiles_without_graph_break(shape, scales):
     fake_quantize(x, s, -4, 3).backward(grad)
     gx, gs = x.grad.clone(), s.grad.clone()
     x.grad = s.grad = None
-    torch.compiler.reset()  # it compiles one function for so many shapes, and no more
+    torch.compiler.reset()  # torch.compile limits how often it recompiles one function for new shapes
     compiled = torch.compile(fake_quantize, fullgraph=True, backend="aot_eager")
     y = compiled(x, s, -4, 3)
     y.backward(grad)
@@ -285,7 +285,7 @@ def test_elsewhere_than_on_cpus_a_compiled_scale_is_summed_as_norms_sum():
 
 
 @needs_compiler
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from the compiler's own imports
 def test_compiled_gradients_of_tokens_in_any_layout():
     tokens = torch.randn(4, 60, 48, requires_grad=True)
     scales = torch.linspace(0.1, 0.4, 4).unsqueeze(1).requires_grad_()
@@ -293,7 +293,7 @@ def test_compiled_gradients_of_tokens_in_any_layout():
     def loss(tokens, scales):
         layouts = tokens, tokens.transpose(0, 2), tokens[:, 3::2], tokens[:1].expand(3, -1, -1)
         quantized = [fake_quantize(torch.nn.functional.gelu(x), s, -4, 3) for x, s in zip(layouts, scales)]
-        turned = [x_q.transpose(1, 2) for x_q in quantized]  # and the gradients of these
+        turned = [x_q.transpose(1, 2) for x_q in quantized]  # whose gradients are transposed too
         sums = [(x_q * torch.arange(x_q.numel()).view(x_q.shape).cos()).sum() for x_q in (*quantized, *turned)]
         return sum(sums)
 
@@ -303,7 +303,7 @@ def test_compiled_gradients_of_tokens_in_any_layout():
 
 
 @needs_compiler
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from the compiler's own imports
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_gradients_of_images_in_any_layout(dynamic):
     images = torch.randn(4, 24, 12, 10).to(memory_format=torch.channels_last).requires_grad_()
@@ -324,7 +324,7 @@ def test_compiled_gradients_of_images_in_any_layout(dynamic):
 
 
 @needs_compiler
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from the compiler's own imports
 def test_a_result_of_kernels_may_be_changed_in_place(monkeypatch):
     monkeypatch.setattr(functional, "SMALL", 10)
     x, scale = torch.randn(4, 16, requires_grad=True), torch.tensor([0.3], requires_grad=True)

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = "lightning_qat_osc"
 ROOT = Path(__file__).parent.parent / PACKAGE
 
-# from the ground up: a module may import those in lines before its own
+# lowest first: a module may import only modules from earlier sets
 FLOORS = [
     {"kernels", "sharding", "schedules", "layers", "arguments", "checks", "files", "tables", "modes", "deepcopies"},
     {"lsq_gradients", "ranges", "recomputation", "copies", "dataflow"},
@@ -78,7 +78,7 @@ def imported(source: str) -> set[str]:
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            # a module of the package may be imported by its name, from the package that it is in
+            # `from package import name` may import a module
             names = (f"{node.module}.{alias.name}" for alias in node.names)
             modules |= {name if name[len(PACKAGE) + 1 :] in FLOOR else node.module for name in names}
     return modules

@@ -1,4 +1,4 @@
-"""Every kind of layer computes with quantized weights and inputs, and what is not quantized is named."""
+"""Every kind of layer computes with quantized weights and inputs, and warnings name what is not quantized."""
 
 import abc
 import copy
@@ -20,7 +20,7 @@ CONFIG = QuantConfig(4, 4, first_last_bits=None)
 
 
 def calibrated(model, *batches, config=CONFIG):
-    """Quantized and calibrated on some calls, with what calibration told."""
+    """Quantize a model, calibrate it on the batches, and return the calibration's messages."""
     quantize_model(model, config)
     calibrator = Calibrator(model, config)
     training = model.training
@@ -75,7 +75,7 @@ def test_attention_is_torchs_where_nothing_is_quantized_yet(arguments, mask, nee
     }[mask]
     if not plain.batch_first:
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    with torch.enable_grad():  # off torch's fused path
+    with torch.enable_grad():  # keeps torch off its fused path
         for average in (True, False):
             expected, weights = plain(q, k, v, need_weights=need_weights, average_attn_weights=average, **options)
             out, own = quantized(q, k, v, need_weights=need_weights, average_attn_weights=average, **options)
@@ -128,7 +128,7 @@ def test_attention_evaluates_as_it_trains(need_weights):
     model, x = attention(), torch.randn(3, 5, 8)
     calibrated(model, (x, x, x))
     trained, _ = model(x, x, x, need_weights=need_weights)
-    with torch.no_grad():  # where torch's own takes its fused path, past the layers
+    with torch.no_grad():  # where torch's own attention takes its fused path, which bypasses the layers
         evaluated, _ = model.eval()(x, x, x, need_weights=need_weights)
     assert torch.allclose(evaluated, trained, atol=1e-6)
 
@@ -255,7 +255,7 @@ def test_recurrent_layers_quantize_every_weight(make):
     assert torch.allclose(first, expected, atol=1e-6)
     first.sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if name != "bias_hh_l1_reverse")
-    assert all(getattr(model, name).requires_grad for name in names)  # the latent ones are back
+    assert all(getattr(model, name).requires_grad for name in names)  # the latent weights are restored
 
 
 @pytest.mark.filterwarnings(RECURRENT)
@@ -321,7 +321,7 @@ def test_computed_weights_are_quantized_and_named(norm):
     assert torch.allclose(out, expected, atol=1e-6)
     out.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    assert torch.equal(model[0].weight, plain[0].weight)  # everyone else sees the latent one
+    assert torch.equal(model[0].weight, plain[0].weight)  # outside of forward, the weight is the latent one
     assert model(x).shape == (3, 6)
 
 
@@ -458,7 +458,7 @@ def test_methods_of_the_layer_are_its_own():
 
 
 class Abstract(abc.ABC):  # noqa: B024
-    """A base without instance attributes, first among the bases: its subclasses' instances are laid out otherwise."""
+    """A base without instance attributes. Classes that list it first have a different memory layout."""
 
 
 class AbstractLSTM(Abstract, nn.LSTM):

@@ -33,7 +33,7 @@ def test_by_hand(states):
 def test_in_a_collection_each_is_itself(states):
     names = list(states)
     collection = MetricCollection([OscillationFrequency(names), OscillatingShare(names), FrozenShare(names)])
-    collection.update({name: OscillationState(state.weight_int) for name, state in states.items()})  # nothing yet
+    collection.update({name: OscillationState(state.weight_int) for name, state in states.items()})  # all 0
     collection.reset()
     collection.update(states)
     means = [collection[name].compute()["a"].item() for name in sorted(collection.keys())]
@@ -49,7 +49,7 @@ def test_metrics_of_one_class_in_a_collection_are_their_own(states):
             "second": OscillationFrequency(["b.c"]),
         }
     )
-    collection.update({name: OscillationState(state.weight_int) for name, state in states.items()})  # nothing yet
+    collection.update({name: OscillationState(state.weight_int) for name, state in states.items()})  # all 0
     collection.reset()
     collection.update(states)
     totals = {name: collection[name].compute()[""].item() for name in ("paper", "often", "first", "second")}

@@ -11,7 +11,7 @@ from lightning_qat_osc.oscillation import OscillationState, pass_on_gradient
 
 
 def walk(weights, steps, seed=0, low=-4, high=3):
-    """Integers that stay, drift and oscillate: a random walk with a pull to and fro."""
+    """Yield integers that stay, drift or oscillate: a random walk with a push that alternates in direction."""
     generator = torch.Generator().manual_seed(seed)
     position = torch.rand(weights, generator=generator) * (high - low) + low
     for t in range(steps):
@@ -173,7 +173,7 @@ def test_a_frequency_at_the_threshold_does_not_freeze():
 
 
 def test_a_copy_by_pickling_has_memory_of_its_own():
-    # as a process that is spawned makes it, of tensors that were put into shared memory
+    # as a spawned process unpickles it, from tensors in shared memory
     state = OscillationState(torch.zeros(4, dtype=torch.int8))
     for name in ("weight_int", "direction", "frequency", "ema_int", "frozen"):
         getattr(state, name).share_memory_()

@@ -1,4 +1,4 @@
-"""What holds for every shape, width, dtype and degenerate weight, found by search rather than by example."""
+"""Properties that hold for every shape, bit width, dtype and degenerate weight, tested on generated examples."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ GRANULARITIES = ["per_tensor", "per_channel"]
 
 
 def examples(n):
-    """A search of its own each time it is written down, and the same one each time it is run."""
+    """Return settings for a search of ``n`` examples that differs between tests but not between runs."""
     return settings(
         max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
@@ -50,7 +50,7 @@ FILLS = [
 
 
 def filled(shape, fill, dtype, seed):
-    """A tensor with something about it. What is huge or denormal is so for the dtype."""
+    """Return a tensor with the property that ``fill`` names; huge and denormal are relative to the dtype."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     info = torch.finfo(dtype)
     if fill == "zeros":
@@ -76,7 +76,7 @@ def filled(shape, fill, dtype, seed):
 
 @st.composite
 def layers(draw):
-    """A layer of any kind that can be quantized, and an input that fits it."""
+    """Draw a linear, embedding or convolution layer and the shape of an input, which is None for an embedding."""
     kind = draw(st.sampled_from(["Linear", "Embedding", *(f"Conv{t}{d}d" for t in ("", "Transpose") for d in "123")]))
     batch = draw(st.integers(1, 3))
     if kind == "Linear":
@@ -97,7 +97,7 @@ def layers(draw):
 
 
 def grid_points(quantizer, dtype):
-    """Every value that a weight may have, [scales, integers]: products in the wider dtype, then rounded."""
+    """Return all values of a quantized weight, [scales, integers]: products in the wider dtype, then rounded."""
     wide = torch.promote_types(quantizer.scale.dtype, dtype)
     integers = torch.arange(-(2 ** (quantizer.bits - 1)), 2 ** (quantizer.bits - 1), dtype=wide)
     return (quantizer.scale.detach().reshape(-1, 1).to(wide) * integers).to(dtype)
@@ -156,7 +156,7 @@ def test_any_layer_trains_on_the_grid(
     x = x.abs() if positive else x
     with torch.no_grad():
         plain = copy.deepcopy(layer).double()(x if shape is None else x.double())
-    assume((plain.abs() < torch.finfo(dtype).max / 100).all())  # what overflows in full precision does so here
+    assume((plain.abs() < torch.finfo(dtype).max / 100).all())  # or it would overflow when quantized, too
     model = calibrated(layer, config_of(bits, granularity, weight_range, activation_range), x)
     w = layer.weight_quantizer
     assert w.active
@@ -175,13 +175,13 @@ def test_any_layer_trains_on_the_grid(
         assert w.scale.grad is not None
         pass_on_gradient(w.scale.grad, layer.weight.grad, state.weight_int, state.frozen)
         optimizer.step()
-        with torch.no_grad():  # to and fro by a step of the grid, so that some freeze
+        with torch.no_grad():  # move weights back and forth by a grid step, so that some freeze
             layer.weight.add_(w.scale * torch.randint(-1, 2, layer.weight.shape, generator=generator))
         state.update(w.to_int(layer.weight.detach()), 0.5)
         state.freeze(0.4)
         state.hold_frozen(layer.weight, w.scale)
         assert on_the_grid(w, layer.weight)
-        if fill != "denormal":  # where a step of the grid is less than one of the dtype
+        if fill != "denormal":  # for which a grid step may be smaller than a step of the dtype
             assert torch.equal(w.to_int(layer.weight.detach())[state.frozen], state.weight_int[state.frozen])
         assert -(2 ** (bits - 1)) <= state.weight_int.amin().item() <= state.weight_int.amax().item() < 2 ** (bits - 1)
         assert state.frequency.isfinite().all()
@@ -221,7 +221,7 @@ def test_a_weight_that_is_not_finite_or_huge_gets_a_range_all_the_same(
         state.hold_frozen(weight, w.scale)
     assert state.frequency.isfinite().all()
     assert state.ema_int.isfinite().all()
-    assert not w(weight).isnan()[~weight.isnan()].any()  # a NaN stays where it is
+    assert not w(weight).isnan()[~weight.isnan()].any()  # NaNs do not spread
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -242,7 +242,7 @@ def test_an_empty_batch_passes(layer_and_shape, bits, granularity, seed):
     empty = torch.zeros(0, *shape[1:])
     try:
         expected = layer(empty).shape
-    except RuntimeError:  # torch has none for some paddings
+    except RuntimeError:  # torch does not support empty batches with some paddings
         assume(False)
     model = calibrated(
         layer, config_of(bits, granularity, "mse", "mse"), empty, filled(shape, "normal", layer.weight.dtype, seed)
@@ -278,7 +278,7 @@ def test_every_range_method_gives_a_positive_finite_scale(rows, n, bits, signed,
 @examples(100)
 @given(bits_, st.sampled_from(METHODS), st.sampled_from([1, 300, 3000]), st.integers(-140, 126), seeds)
 def test_ranges_have_no_favourite_magnitude(bits, method, n, exponent, seed):
-    # a scale is in proportion to its weights: exactly so for a power of 2, as long as the numbers are normal ones
+    # scales are proportional to the weights, exactly so for powers of 2, as long as no number is denormal
     x = filled((2, n), "normal", torch.float32, seed).clamp(-1.9, 1.9)
     grid = integer_grid(bits, signed=True)
     unit = estimate_scale(x, *grid, method)
@@ -314,7 +314,7 @@ def test_every_activation_grid_holds_its_zero(bits, method, n, fill, sign, seed)
 
 
 def steps_of(dtype):
-    """Scales whose grids have neither overflow nor too few numbers between two points in a dtype."""
+    """Draw scales whose grids do not overflow in the dtype and whose points it can tell apart."""
     low, high = (2.0**-14, 100.0) if dtype == torch.float16 else (1e-30, 1e30)
     return st.floats(math.log(low), math.log(high)).map(math.exp)
 
@@ -348,7 +348,7 @@ def test_what_is_frozen_rounds_to_its_integer_whatever_the_scale_does(dtype_and_
     state, held = OscillationState(start), {}
     for _ in range(12):
         moved = torch.randint(low, high + 1, (40,), generator=generator, dtype=torch.int8)
-        weight = (moved * scale).to(dtype)  # an optimizer that does as it likes
+        weight = (moved * scale).to(dtype)  # an optimizer that moves even frozen weights
         state.update(moved, momentum)
         state.freeze(0.3 * momentum)
         scale = scale * (1.0 + 0.02 * torch.randn(1, generator=generator, dtype=scale.dtype))

@@ -111,7 +111,7 @@ def test_everyone_else_sees_the_latent_weight():
 
 
 class SamePadding(nn.Conv2d):
-    """A layer with a forward of its own, and a keyword."""
+    """A layer that overrides forward and adds a keyword argument."""
 
     def forward(self, x, pad=1):
         return F.conv2d(F.pad(x, [pad] * 4), self.weight, self.bias)
@@ -186,8 +186,8 @@ def test_memory_for_a_module_from_the_meta_device():
     model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor.fill_(float("nan"))  # as such memory may be
-    for module in model.modules():  # as Lightning and FSDP do it
+            tensor.fill_(float("nan"))  # as uninitialized memory may be
+    for module in model.modules():  # as Lightning and FSDP do
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     assert model(torch.randn(2, 3)).isfinite().all()
@@ -269,11 +269,11 @@ def test_direct_construction():
 
 
 @needs_compiler
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from the compiler's own imports
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_a_small_weight_goes_with_a_large_input_unless_somebody_watches(monkeypatch, granularity, recompute):
-    monkeypatch.setattr(functional, "SMALL", 300)  # of 216 and 648
+    monkeypatch.setattr(functional, "SMALL", 300)  # between the weight's 216 elements and the input's 648
     layer = quantized(nn.Conv2d(4, 6, 3), granularity)
     x = torch.randn(2, 4, 9, 9)
     layer.weight_quantizer.calibrate(layer.weight)
@@ -305,7 +305,7 @@ def test_a_small_weight_goes_with_a_large_input_unless_somebody_watches(monkeypa
 
 
 class Adapted(nn.Linear):
-    """A layer with layers of its own."""
+    """A layer that contains other layers."""
 
     def __init__(self):
         super().__init__(4, 4)
@@ -325,6 +325,6 @@ def test_states_that_make_a_quantizer_stale():
 
 def test_a_scale_without_its_grid_is_told():
     layer = quantize_model(nn.Sequential(nn.Linear(4, 4)), QuantConfig(3, None))
-    parameters = {name: p.detach() for name, p in layer.named_parameters()}  # what is trained, and no buffer
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}  # parameters without buffers
     with pytest.warns(UserWarning, match="entries of 0.weight_quantizer, but not its buffer 'grid'"):
         layer.load_state_dict(parameters, strict=False)

@@ -16,7 +16,7 @@ from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.lookup import quantizers
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the compiler's own imports
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # from the compiler's own imports
     pytest.mark.filterwarnings("ignore:.*in full precision"),
 ]
 
@@ -94,7 +94,7 @@ def test_a_gradient_penalty_is_the_same():
 
 
 def left_after_forward(network, x):
-    """References to what the quantizers made that is still there when only the output is held."""
+    """Return references to the quantized tensors that are still alive while only the output is referenced."""
     made = []
     hooks = [q.register_forward_hook(lambda q, args, out: made.append(weakref.ref(out))) for q in quantizers(network)]
     out = network(x)
@@ -128,7 +128,7 @@ def test_activation_checkpointing_decides_by_itself():
     leaf = x.clone().requires_grad_()
     checkpoint(network, leaf, use_reentrant=False).square().sum().backward()
     hook.remove()
-    assert len(called) == 2  # once forwards, once when checkpointing runs the forward pass again
+    assert len(called) == 2  # in the forward pass, and again when checkpointing reruns it
     assert all(torch.equal(a, g) for a, g in zip(kept, [leaf.grad, *(p.grad for p in network.parameters())]))
 
 
@@ -149,7 +149,7 @@ def test_a_change_in_place_before_the_backward_pass_is_an_error():
     network = quantized(nn.Sequential(nn.Linear(6, 5)), x)
     recompute(network, True)
     for q in quantizers(network):
-        q.scale.requires_grad_(False)  # then autograd itself keeps no version of x
+        q.scale.requires_grad_(False)  # so that autograd itself does not check the version of x
     out = network(x)
     x.add_(1.0)
     with pytest.raises(RuntimeError, match="modified in place before the backward"):
@@ -176,7 +176,7 @@ def test_a_layer_may_change_its_quantized_input_in_place():
 
 @pytest.mark.parametrize("fused", [False, pytest.param(True, marks=needs_compiler)])
 def test_a_run_is_the_same_to_the_bit(fused, monkeypatch):
-    monkeypatch.setattr(functional, "SMALL", 1000)  # so that inputs of a model so small are large
+    monkeypatch.setattr(functional, "SMALL", 1000)  # so that the inputs of this small model count as large
     trained = []
     for on in (False, True):
         torch.manual_seed(3)

@@ -24,7 +24,7 @@ def test_gradient_is_autograds_of_the_printed_loss(aggregation, shape):
     gradient = dampening_gradient(w, s, -4, 3, aggregation)
     assert torch.allclose(gradient, w.grad, rtol=1e-12, atol=1e-15)
     assert 0 < (w.grad == 0).sum() < w.numel()
-    assert s.grad.abs().max() < 1e-12  # where it clips, the distance is 0
+    assert s.grad.abs().max() < 1e-12  # where the clamp limits w, the distance is 0
     w.grad = None
     loss.backward()
     assert torch.allclose(w.grad, gradient, rtol=1e-12, atol=1e-15)

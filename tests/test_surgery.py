@@ -109,7 +109,7 @@ def test_unsupported_layers_are_named_with_the_way_to_leave_them_out():
         net.odd = make()
         with pytest.raises(ValueError, match=f"layer 'odd' .*{words}.*LayerRule"):
             quantize_model(net, QuantConfig())
-        assert not quantized_layers(net)  # nothing half done
+        assert not quantized_layers(net)  # nothing was half done
         quantize_model(net, QuantConfig(rules=(LayerRule("odd", weight_bits=None, activation_bits=None),)))
         assert len(quantized_layers(net)) == 4
 
@@ -128,7 +128,7 @@ def test_layers_that_share_a_weight_share_its_quantizer():
     assert len(scale_parameters(net)) == 4
     late = nn.Linear(4, 10, bias=False)
     late.weight = net.embed.weight
-    net.late = late  # made after the first insertion
+    net.late = late  # created after the first call
     quantize_model(net, QuantConfig(3, None, first_last_bits=None))
     assert late.weight_quantizer is net.embed.weight_quantizer
     other = Net()
@@ -136,7 +136,7 @@ def test_layers_that_share_a_weight_share_its_quantizer():
     other.output.weight = other.embed.weight
     with pytest.raises(ValueError, match="and 'output' share a weight"):
         quantize_model(other, QuantConfig(rules=(LayerRule("output", weight_bits=8),)))
-    assert not quantized_layers(other)  # nothing half done
+    assert not quantized_layers(other)  # nothing was half done
 
 
 def test_another_configuration_is_refused():

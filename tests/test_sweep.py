@@ -1,4 +1,4 @@
-"""What a step does to many weights at once, on every path, against slow loops and autograd."""
+"""Updates of many weights at once, on every path, against slow loops and autograd."""
 
 import pytest
 import torch
@@ -21,14 +21,14 @@ from lightning_qat_osc.calibration import Calibrator
 from lightning_qat_osc.kernels import why_nothing_compiles
 from lightning_qat_osc.lookup import quantized_weights
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from the compiler's own imports
 FUSED = [False, pytest.param(True, marks=needs_compiler)]
 PATHS = ["together", "alone"]
 
 
 @pytest.fixture
 def path(request, monkeypatch):
-    """Whether small weights are swept together or, as if they were large, alone and in blocks."""
+    """Process small weights together or, as if they were large, each alone and in blocks."""
     for module in (sweep, functional):
         monkeypatch.setattr(module, "SMALL", 2**15 if request.param == "together" else 0)
     for module in (kernels, lsq_gradients):
@@ -114,7 +114,7 @@ def test_dampening_adds_autograds_gradient_of_the_printed_loss(path, fused, gran
 
 
 def freeze_half(w):
-    """Freeze half of a weight and give it the gradients of our forward pass; returns autograd's of the masked one."""
+    """Freeze half of a weight, set our forward pass's gradients, and return autograd's for the masked forward pass."""
     q, state = w.quantizer, w.quantizer.oscillation
     state.frozen = torch.rand(w.weight.shape) < 0.5
     state.hold_frozen(w.weight.detach(), q.scale.detach())

@@ -30,7 +30,8 @@ def independent_copy(loader: Any) -> Any:
     shared.
 
     Raises:
-        MisconfigurationException: If the loader or its dataset is an iterator, which can be iterated only once.
+        MisconfigurationException: If the loader is an iterator, which can be iterated only once, or its dataset is one
+            and no worker processes copy it.
     """
     for source in (loader, None if _in_workers(loader) else getattr(loader, "dataset", None)):
         if isinstance(source, Iterator):

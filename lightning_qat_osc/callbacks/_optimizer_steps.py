@@ -122,9 +122,9 @@ class OptimizerStepHooks:
         # set by a gradient scaler that leaves unscaling and skipping to the optimizer
         if getattr(optimizer, "found_inf", None) is not None:
             raise MisconfigurationException(
-                f"{type(optimizer).__name__}(fused=True) unscales gradients and skips steps with inf inside the "
-                "optimizer, where no hook sees it, so scales and oscillations cannot follow: remove fused=True, or "
-                "train without a gradient scaler (bf16-mixed, 32-true)."
+                f"{type(optimizer).__name__}(fused=True) unscales gradients, and skips steps with inf gradients, "
+                "inside the optimizer, where no hook sees it, so scales and oscillations cannot follow: remove "
+                "fused=True, or train without a gradient scaler (bf16-mixed, 32-true)."
             )
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
         if closure is None:

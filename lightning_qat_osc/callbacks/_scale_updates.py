@@ -139,7 +139,8 @@ class ScaleUpdates:
         for i, optimizer in enumerate(optimizers):
             ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
             others = {id(q.scale) for q, (index, _) in owner.items() if index != i}
-            for group in optimizer.param_groups if ids & others else []:  # placed by a rule such as p.ndim < 2
+            # an optimizer may have scales of another one's layers, as when the user sorts parameters by p.ndim
+            for group in optimizer.param_groups if ids & others else []:
                 _filter_group(group, [id(p) not in others for p in group["params"]])
             own = [q for q, (index, _) in owner.items() if index == i]
             if own and optimizer.param_groups:  # Lightning's mock optimizer has no groups

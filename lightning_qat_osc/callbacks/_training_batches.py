@@ -36,7 +36,7 @@ def _train_dataloaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> An
             return source.train_dataloader()
         except Exception as error:
             name = type(source).__name__
-            rank_zero_warn(f"{name}.train_dataloader failed outside fit: {type(error).__name__}: {error}")
+            rank_zero_warn(f"{name} failed to set up training data outside fit: {type(error).__name__}: {error}")
     return None
 
 

@@ -41,7 +41,7 @@ def check_strategy(trainer: pl.Trainer) -> None:
     """
     if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise MisconfigurationException(
-            f"{type(trainer.strategy).__name__} stores weights in flat shards, which cannot have scales of their own: "
+            f"{type(trainer.strategy).__name__} flattens weights into shards, so that a weight cannot have a scale: "
             "use ModelParallelStrategy, and call lightning_qat_osc.quantize_model before fully_shard in "
             "configure_model."
         )

@@ -66,8 +66,8 @@ class BatchNormReestimation(pl.Callback):
         self.log_divergence = log_divergence
         self.forward_fn = forward_fn
         self._layers: dict[str, _BatchNorm] = {}
-        self._trained: dict[str, _BatchNorm] = {}  # layers in training mode, to be re-estimated
-        self._left_alone: list[str] | None = None  # the other layers, from training or a checkpoint
+        self._trained: dict[str, _BatchNorm] = {}  # layers to re-estimate: in fit those in training mode
+        self._left_alone: list[str] | None = None  # layers that training keeps in evaluation mode, None: unknown
         self._evaluating: list[str] = []  # layers that are in evaluation mode in setup
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

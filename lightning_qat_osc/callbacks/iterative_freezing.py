@@ -97,8 +97,9 @@ class IterativeFreezing(TracksOscillation, HoldsFrozenWeights):
         if self.threshold < 2.0 * self._momentum or lowest < self._momentum:
             rank_zero_warn(
                 f"IterativeFreezing's lowest threshold {lowest} is below twice the momentum {self._momentum}: one "
-                "oscillation raises a frequency of 0 to the momentum, so a weight freezes after one or two of them, "
-                "oscillating or not. Raise the threshold, or lower the momentum to average over more steps."
+                "oscillation raises a frequency of 0 to the momentum, so a weight freezes after one or two "
+                "oscillations, even if it would then have settled. Raise the threshold, or lower the momentum to "
+                "average over more steps."
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

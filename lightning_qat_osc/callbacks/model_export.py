@@ -37,9 +37,9 @@ class ModelExport(pl.Callback):
     ``model.onnx`` and ``model.pt2`` in ``dirpath``. Next to a checkpoint ``epoch=3-step=40.ckpt`` they are
     ``epoch=3-step=40.safetensors`` and so on, made from that checkpoint, and removed after ModelCheckpoint has removed
     it. "onnx" and "torch" need an example input: the module's ``example_input_array`` if it is set and the whole
-    module is exported, or else the inputs of the last call of the exported module's forward in the first training
-    batch. If an export next to a checkpoint fails, there is a warning, and training continues; if the export at the end
-    of fit fails, it raises.
+    module is exported, or else the inputs of the last call of the exported module's forward in the first training batch
+    that calls it. If an export next to a checkpoint fails, there is a warning, and training continues; if the export at
+    the end of fit fails, it raises.
 
     A run with ``fast_dev_run`` exports nothing.
 

@@ -83,7 +83,7 @@ class QuantizationAwareTraining(pl.Callback):
             99.9th) or "lsq" (2 mean|w| / sqrt(quant_max)).
         activation_range: How activation ranges are initialized; the same choices as for ``weight_range``.
         rules: Exceptions by layer name or type; they apply to the first and last layer as well.
-        calibration_batches: Number of training batches from which activation ranges are initialized.
+        calibration_batches: Number of training batches on each process from which activation ranges are initialized.
         scale_learning_rate: Learning rate of the Adam optimizer for the scales. It acts on the logarithm of a scale, so
             a step changes a scale by about this share of its value. It follows the learning-rate schedule of the
             module's optimizer.
@@ -299,7 +299,7 @@ class QuantizationAwareTraining(pl.Callback):
         """Raise before NaN is evaluated, saved or counted: its integers would look like weights that have settled.
 
         Raises:
-            MisconfigurationException: If a scale is not finite. After a NaN loss, none of the scales is.
+            MisconfigurationException: If a scale is not finite. After a NaN loss, no scale is finite.
         """
         scales = [full_tensor(s).detach().isfinite().all() for s in scale_parameters(pl_module)]
         if scales and not bool(torch.stack(scales).all()):
@@ -345,7 +345,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._warn_if_uncalibrated(pl_module)
 
     def _check_bits(self, pl_module: pl.LightningModule) -> None:
-        # a weights-only checkpoint has bits, but not this callback's state, in which load_state_dict would find them
+        # a weights-only checkpoint has bits, but no state of this callback, so load_state_dict compares nothing
         differences = bits_differences(pl_module, self.config)
         if differences:
             raise MisconfigurationException(

@@ -154,8 +154,9 @@ def integer_model(module: nn.Module, *, fold_batch_norm: bool = False) -> Intege
                 warnings.warn(
                     f"The {parameter} of layer '{name}' is also read outside of the layer, by {w.read_outside}. If the "
                     "model's forward does this (rather than a loss or an average), the outputs of the converted model "
-                    "differ: there the quantized model reads the full-precision weight, and the converted one scale "
-                    "times integer. A LayerRule with weight_bits=None for the layer leaves the weight as it is.",
+                    "differ: outside of the layer, the quantized model reads the full-precision weight, and the "
+                    "converted one scale times integer. A LayerRule with weight_bits=None for the layer leaves the "
+                    "weight as it is.",
                     stacklevel=3,
                 )
     arguments = {name: dict(argument_grids(layer)) for name, layer in layers_by_every_name(module).items()}

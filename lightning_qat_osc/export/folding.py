@@ -193,8 +193,8 @@ def scaled_channels(weight: IntegerWeight, factor: Tensor, axis: int) -> Integer
     if bool(outside.any()):
         channel = int(outside.nonzero()[0])
         raise CannotFoldError(
-            f"channel {channel} has a negative gamma and a weight at {weight.quant_min}, but the grid has no "
-            f"{-weight.quant_min}"
+            f"channel {channel} has a negative gamma and an integer weight of {weight.quant_min}, whose negative, "
+            f"{-weight.quant_min}, is not on the grid"
         )
     return replace(
         weight,

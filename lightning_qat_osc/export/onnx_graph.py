@@ -256,8 +256,8 @@ def _convolution(node: ir.Node, grids: Grids) -> None:
 
     ONNX Runtime rounds biases to multiples of the product of the input's and the weight's scale. With 8 bits each, this
     is far below a step of the output; with few bits it is not. If the output is quantized, ONNX Runtime would also
-    quantize a full-precision weight, and the bias of a transposed convolution, although it computes such layers in
-    floating point. These layers get a Sum even if they have no bias.
+    quantize a full-precision weight, and the bias of a transposed convolution, although it computes the latter in
+    floating point. Both kinds of layers get a Sum, even without a bias.
     """
     dequantize = _producer(node.inputs[0], "DequantizeLinear")
     weight = _producer(node.inputs[1], "DequantizeLinear")

@@ -129,7 +129,8 @@ def _trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
     except Exception as error:
         raise RuntimeError(
             f"torch.export cannot export {name}: {error}\nIf the batch dimension is the reason, use "
-            "dynamic_batch=False (--fixed-batch on the command line), which fixes the batch size of example_input."
+            "dynamic_batch=False (--fixed-batch on the command line), which fixes the batch size to that of "
+            "example_input."
         ) from error
 
 

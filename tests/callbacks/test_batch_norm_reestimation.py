@@ -28,7 +28,7 @@ def qat(**kwargs):
 
 
 def inputs_of(layer, module, batches):
-    """All that a layer sees in evaluation mode with batch norm in training mode, concatenated."""
+    """Return the inputs that a layer sees with the module in evaluation mode and batch norm in training mode."""
     seen = []
     handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].double()))
     statistics = {k: v.clone() for k, v in module.state_dict().items() if "running" in k or "tracked" in k}
@@ -83,7 +83,7 @@ def test_statistics_at_each_evaluation_are_those_of_the_batches():
 
 
 class Busy(ConvModule):
-    """With dropout, random augmentation, a log and a buffer."""
+    """Has dropout, random augmentation, metrics and a buffer."""
 
     def __init__(self):
         super().__init__(dropout=0.3)
@@ -144,7 +144,7 @@ class TwoLoaders(Busy):
         return super().training_step(batch[0], batch_idx) + super().training_step(batch[1], batch_idx) * 0
 
     def on_train_batch_end(self, *args):
-        self.seen -= 1  # two passes a step
+        self.seen -= 1  # training_step counts twice per step
 
 
 def test_the_same_batches_each_time():
@@ -305,7 +305,7 @@ def test_manual_optimization_takes_a_function():
 
     module = Manual()
     trainer([qat(), BatchNormReestimation(num_batches=4, forward_fn=forward)], max_epochs=1).fit(module, Data())
-    assert len(calls) == 8  # the validation and the end of fit
+    assert len(calls) == 8  # 4 before validation and 4 at the end of fit
     x = inputs_of(module.bn1, module, list(loader())[:4])
     assert torch.allclose(module.bn1.running_mean.double(), x.mean(1), rtol=1e-4, atol=1e-6)
 
@@ -351,7 +351,7 @@ def test_unsuited_arguments():
 
 
 class MadeLate(ConvModule):
-    """Its layers are made in configure_model."""
+    """Creates its layers in configure_model."""
 
     def __init__(self):
         super().__init__()
@@ -377,7 +377,7 @@ def test_layers_made_in_configure_model_are_found_after_a_resume_and_in_a_test(t
     saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=4)
     kwargs = {"max_epochs": 1, "val_check_interval": 3, "num_sanity_val_steps": 0}
     trainer([qat(), BatchNormReestimation(3), saving], enable_checkpointing=True, **kwargs).fit(MadeLate(), Data())
-    assert len(calls) == 3  # two validations and the end
+    assert len(calls) == 3  # before two validations and at the end of fit
     calls.clear()
     trainer([qat(), BatchNormReestimation(3)], **kwargs).fit(MadeLate(), Data(), ckpt_path=tmp_path / "step=4.ckpt")
     assert len(calls) == 2
@@ -389,7 +389,7 @@ def test_layers_made_in_configure_model_are_found_after_a_resume_and_in_a_test(t
 
 
 class FrozenBackbone(ConvModule):
-    """Batch norm is in the backbone alone, or in the rest too."""
+    """Has batch norm only in the frozen backbone, or in the other layers too."""
 
     def __init__(self, everywhere):
         super().__init__()
@@ -431,7 +431,7 @@ def test_a_data_module_that_augments_sees_a_training_trainer():
     module, augments = ConvModule(), Augments()
     t = trainer([qat(), BatchNormReestimation(num_batches=8), Look()], num_sanity_val_steps=0)
     t.fit(module, augments)
-    assert torch.equal(means[-1], module.bn1.running_mean)  # on_train_end: no step was made in between
+    assert torch.equal(means[-1], module.bn1.running_mean)  # from on_train_end, after no further step
     assert augments.trainer is t
 
 

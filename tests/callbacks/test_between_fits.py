@@ -1,4 +1,4 @@
-"""What a module carries from one fit into another, and what it must not."""
+"""What a module keeps from one fit to the next, and what it must not keep."""
 
 import lightning as L
 import pytest
@@ -119,7 +119,7 @@ def test_histories_begin_anew_where_a_fit_without_tracking_has_moved_weights():
         assert not any(history[what][::2].any() for what in ("frequency", "direction", "frozen"))
         assert history["ema_int"][::2].equal(history["weight_int"][::2].float())
         for what, values in history.items():
-            assert values[1::2].equal(before[name][what][1::2])  # not moved: as it was
+            assert values[1::2].equal(before[name][what][1::2])  # weights that did not move keep their history
 
 
 def test_weights_that_are_drawn_anew_begin_as_a_new_module_does():
@@ -165,7 +165,7 @@ def test_layers_that_are_drawn_anew_with_arguments():
 
 
 class Moving(ConvModule):
-    """Moves its weights behind each step, too."""
+    """Also moves its weights after each step."""
 
     def optimizer_step(self, *args, **kwargs):
         super().optimizer_step(*args, **kwargs)
@@ -180,7 +180,7 @@ def test_weights_that_are_moved_behind_each_step_are_resumed_as_they_were(tmp_pa
                 trainer.save_checkpoint(tmp_path / "half.ckpt")
 
     whole, resumed = Moving(lr=0.3), Moving(lr=0.3)
-    kwargs = {"max_epochs": 6, "limit_val_batches": 0}  # ahead of a validation frozen weights are put back
+    kwargs = {"max_epochs": 6, "limit_val_batches": 0}  # validation puts frozen weights back on the grid
     trainer([*callbacks(), Save()], **kwargs).fit(whole, Data())
     assert any(s.frozen.any() for s in oscillation_states(whole).values())
     trainer(callbacks(), **kwargs).fit(resumed, Data(), ckpt_path=tmp_path / "half.ckpt")

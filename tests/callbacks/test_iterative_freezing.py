@@ -31,7 +31,7 @@ def freezing(**kwargs):
 
 
 class Held(L.Callback):
-    """Follows every weight from the step that freezes it: its integer in the forward must not change again."""
+    """Checks that the integer of a weight in the forward pass does not change after the step that freezes it."""
 
     def __init__(self):
         self.frozen, self.integers, self.checks = {}, {}, 0
@@ -87,7 +87,7 @@ def test_alone_or_beside_tracking_in_either_order_is_the_same_run():
 
 
 class Gradients(L.Callback):
-    """Compares what reaches the scales with autograd of the masked forward of the paper, at every step."""
+    """Compares gradients with autograd through the paper's masked forward, at every step with frozen weights."""
 
     def __init__(self):
         self.owed = 0
@@ -98,7 +98,7 @@ class Gradients(L.Callback):
         state = q.oscillation
         if not state.frozen.any():
             return
-        # the same batch through a forward in which the layer's weight is the masked one
+        # run the same batch through a forward pass with the masked weight
         s = q.scale.detach().clone().requires_grad_()
         w = point.weight.detach().clone().requires_grad_()
         masked = masked_fake_quantize(w, s, -2, 1, state.frozen, state.weight_int)
@@ -201,7 +201,7 @@ def test_unsuited_arguments(arguments, words):
 
 
 def froze(**kwargs):
-    """A module with frozen weights, and how many."""
+    """Return a trained module with frozen weights, and their number."""
     torch.manual_seed(0)
     module = ConvModule(lr=0.5)
     trainer([qat(**kwargs), freezing()], max_epochs=8).fit(module, Data())

@@ -1,4 +1,4 @@
-"""Files at the end of fit and beside best checkpoints."""
+"""Files that ModelExport writes at the end of fit and next to the best checkpoints."""
 
 import copy
 import sys
@@ -70,7 +70,7 @@ def test_all_formats_at_the_end_of_fit(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     expected = module.eval()(X).detach()
     assert torch.equal(load_packed(tmp_path / "model.safetensors", ConvModule())(X), expected)
-    step = module.head.input_quantizer.scale.item()  # an input at the middle of two integers may be one off
+    step = module.head.input_quantizer.scale.item()  # an input halfway between two integers may round either way
     for out in (run_program(tmp_path / "model.pt2", X), run_onnx(tmp_path / "model.onnx", X)):
         assert torch.allclose(out, expected, atol=step)
         assert (out - expected).abs().mean() < 1e-3
@@ -108,7 +108,7 @@ def test_a_network_that_is_not_called_is_named(tmp_path):
 
 
 class Compare(L.Callback):
-    """After each export beside a checkpoint, notes what there is."""
+    """Lists the files in the checkpoint folder at the start of each epoch."""
 
     def __init__(self):
         self.found = []
@@ -153,7 +153,7 @@ def test_the_last_epoch_may_be_the_best_and_all_may_be_kept(tmp_path):
     again.fit(Better(), Data(), ckpt_path=t.checkpoint_callback.best_model_path)
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
     assert after.keys() - times.keys() == {"epoch=2.safetensors"}
-    assert times.items() < after.items()  # what was there, stays
+    assert times.items() < after.items()  # existing files are unchanged
 
 
 class Worsening(ConvModule):
@@ -261,7 +261,7 @@ def test_refused_before_the_first_step(tmp_path, monkeypatch):
         fit(ConvModule(), ModelExport(), tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, for what Lightning calls
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's, about what Lightning calls
 def test_from_yaml(tmp_path, monkeypatch):
     pytest.importorskip("jsonargparse")
     from lightning.pytorch.cli import LightningCLI
@@ -338,7 +338,7 @@ class Scaled(torch.nn.Module):
 
 
 class Calling(Wrapping):
-    """Calls its network by position and by name, and with more positions than it names."""
+    """Calls its network with positional and keyword arguments, and optionally with unnamed positional ones."""
 
     def __init__(self, *rest):
         super().__init__()
@@ -365,7 +365,7 @@ def test_positions_that_a_forward_does_not_name_are_refused_beside_keywords(tmp_
 
 
 class Partial(ConvModule):
-    """Leaves a part out of its checkpoints."""
+    """Leaves the submodule ``extra`` out of its checkpoints."""
 
     def __init__(self):
         super().__init__()
@@ -377,7 +377,7 @@ class Partial(ConvModule):
 
 
 class Growing(ConvModule):
-    """Makes its head as it loads, and calls it by a list of its own."""
+    """Recreates its head when it loads a checkpoint, and calls the head through a list."""
 
     def __init__(self):
         super().__init__()
@@ -393,7 +393,7 @@ class Growing(ConvModule):
 
 
 class Remembering(ConvModule):
-    """Keeps a value and a buffer that grows in its checkpoints."""
+    """Saves a value and a growing buffer in its checkpoints."""
 
     def __init__(self):
         super().__init__()
@@ -431,7 +431,7 @@ class Compiled(ConvModule):
         pass
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's, where a hook breaks the graph
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch, where a hook breaks the graph
 @pytest.mark.parametrize("module_class", [Partial, Growing, Compiled])
 def test_checkpoints_are_exported_as_their_module_loads_them(module_class, tmp_path):
     best = ModelCheckpoint(tmp_path, filename="best", monitor="val_loss")
@@ -460,7 +460,7 @@ class Quiet(ConvModule):
         self(batch[0])
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's, where a hook breaks the graph
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch, where a hook breaks the graph
 def test_a_module_that_is_compiled_as_a_whole(tmp_path):
     module = Quiet()
     export = ModelExport(["packed", "torch"])
@@ -472,7 +472,7 @@ def test_a_module_that_is_compiled_as_a_whole(tmp_path):
         assert torch.allclose(run_program(tmp_path / "model.pt2", X), expected, atol=1e-5)
         for p in module.parameters():
             p.zero_()
-        assert torch.equal(plain(X), expected)  # and not by the original's forward
+        assert torch.equal(plain(X), expected)  # so the copy does not call the original's forward
 
 
 def test_a_run_after_leaves_the_exports_of_one_before(tmp_path):
@@ -493,7 +493,7 @@ def test_a_run_that_goes_on_takes_exports_with_the_checkpoints_that_it_removes(t
 
 
 class Fixed(ConvModule):
-    """Has the batch size as a number."""
+    """Fixes the batch size when it is exported, because ``len(x)`` is a plain number."""
 
     def forward(self, x):
         return super().forward(x.view(len(x), *x.shape[1:]))

@@ -1,4 +1,4 @@
-"""One step of an optimizer is one step of scales and oscillations, however it is written."""
+"""Each optimizer step is one step of scales and oscillations, however the optimizer is implemented."""
 
 import copy
 from collections import OrderedDict, defaultdict
@@ -31,7 +31,7 @@ class OwnAdamW(torch.optim.AdamW):
 
 
 class Raising(OwnAdamW):
-    """Raises in one step, before anything has moved."""
+    """Raises in its third step, before anything has moved."""
 
     steps = 0
 
@@ -130,11 +130,11 @@ def test_figures_are_computed_once_a_step_under_accumulation(monkeypatch):
         lambda self, *args, on_step: (calls.append(on_step), log(self, *args, on_step=on_step)),
     )
     trainer(callbacks(), max_epochs=1, accumulate_grad_batches=4, log_every_n_steps=1).fit(ConvModule(), Data())
-    assert calls.count(True) == 2  # of 8 batches
+    assert calls.count(True) == 2  # 8 batches, accumulated by 4
 
 
 class Wrapper(torch.optim.Optimizer):
-    """As those that leave ``super().__init__`` out on purpose."""
+    """Deliberately does not call ``super().__init__``, like some wrappers of optimizers."""
 
     def __init__(self, parameters, lr):
         self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
@@ -169,7 +169,7 @@ def test_optimizers_that_are_made_anew_are_followed(weight_decay):
 
 
 class Elsewhere(ConvModule):
-    """Steps with an optimizer of which the Trainer hears nothing."""
+    """Steps with an optimizer that the Trainer does not know."""
 
     def __init__(self):
         super().__init__()
@@ -193,7 +193,7 @@ def test_steps_of_other_optimizers_are_refused():
 
 
 class Around(torch.optim.Optimizer):
-    """Steps with another, within its own step or past it, as SAM's ``second_step``."""
+    """Steps with an inner optimizer, inside its own ``step`` or outside it, as in SAM's ``second_step``."""
 
     def __init__(self, parameters, lr):
         self.inner = torch.optim.SGD(parameters, lr)
@@ -227,7 +227,7 @@ def test_a_step_past_the_optimizers_own_is_refused():
 
 
 class Averaging(ConvModule):
-    """Accumulates by hand, and moves an average of the network in every batch."""
+    """Accumulates gradients manually, and updates an average of the network in every batch."""
 
     def __init__(self, loads):
         super().__init__()
@@ -260,7 +260,7 @@ def test_an_average_that_moves_without_a_step_is_no_step(loads):
 
 
 class Guarded(ConvModule):
-    """Some losses are NaN, and a guard that comes after the callbacks' hook drops what they lead to."""
+    """Some losses are NaN; a guard that runs after the callbacks' hook drops the resulting gradients."""
 
     def __init__(self, guard):
         super().__init__(lr=0.3)
@@ -305,7 +305,7 @@ def test_a_step_that_was_skipped_leaves_nothing_for_the_next():
     hooks.add(callback, lambda _: None, steps.append)
     one.grad = torch.ones(2)
     hooks.begin(callback, optimizer)
-    one.grad, other.grad = None, torch.ones(2)  # a gradient scaler has skipped the step
+    one.grad, other.grad = None, torch.ones(2)  # as if a gradient scaler had skipped the step
     hooks.begin(callback, optimizer)
     optimizer.step()
     assert steps == [optimizer]

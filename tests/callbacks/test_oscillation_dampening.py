@@ -42,7 +42,7 @@ FINAL_WEIGHT = {"sum": 0.5, "mean": 50.0, "kernel_mean": 5.0}
 
 
 class PrintedLoss(ConvModule):
-    """Adds the printed loss to its own, by hand: L = L_task + lambda L_damp."""
+    """Adds the loss as printed in the paper to its own: L = L_task + lambda L_damp."""
 
     def __init__(self, aggregation):
         super().__init__()
@@ -75,7 +75,7 @@ def test_a_run_equals_one_with_the_printed_loss(aggregation, clip):
     plain = ConvModule()
     trainer([qat()], gradient_clip_val=clip).fit(plain, Data())
     largest = [(a - b).abs().max().item() for a, b in zip(plain.parameters(), dampened.parameters())]
-    assert max(largest) > 3e-4  # a hundred times what the two runs above may differ by
+    assert max(largest) > 3e-4  # well above the tolerance for the two runs above
 
 
 def test_added_once_a_step_under_accumulation():
@@ -163,7 +163,7 @@ def test_unsuited_arguments(arguments, words):
 @pytest.mark.filterwarnings("ignore:IterativeFreezing's lowest threshold")
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_dampening_in_the_pass_of_freezing_is_dampening_by_itself(granularity, monkeypatch):
-    """Before IterativeFreezing dampening goes along in its pass, and by itself where the two cover other weights."""
+    """Dampening runs in the pass of IterativeFreezing, or in its own pass if their max_bits differ."""
     trained, passes = [], []
     monkeypatch.setattr(
         iterative_freezing, "dampen_and_pass_on", lambda *args: (passes.append(1), dampen_and_pass_on(*args))
@@ -178,7 +178,7 @@ def test_dampening_in_the_pass_of_freezing_is_dampening_by_itself(granularity, m
         ]
         trainer(callbacks, max_epochs=8).fit(module, Data())
         trained.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
-        assert len(passes) == 4 * TOTAL  # all of the first run, none of the second
+        assert len(passes) == 4 * TOTAL  # every step of the first run, no step of the second
     assert sum(state.frozen.sum() for state in oscillation_states(module).values()) > 0
     for name, tensor in trained[0].items():
         assert torch.allclose(tensor.float(), trained[1][name].float(), atol=1e-6), name

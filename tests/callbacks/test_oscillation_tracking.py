@@ -25,7 +25,7 @@ def qat(**kwargs):
 
 
 class Record(L.Callback):
-    """The integers of every weight, computed by itself, before the first step and after each."""
+    """Records the integers of every weight, computed independently, before the first step and after each."""
 
     def __init__(self):
         self.history, self.steps = [], []

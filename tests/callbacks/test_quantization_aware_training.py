@@ -80,7 +80,7 @@ def test_evaluation_before_any_range_says_so():
 
 
 class ListsParameters(ConvModule):
-    """Lists its parameters before anything is inserted."""
+    """Builds its optimizer before quantizers are inserted."""
 
     def __init__(self, scheduler=None, **kwargs):
         super().__init__(**kwargs)
@@ -116,7 +116,7 @@ def test_scales_train_also_when_the_optimizer_was_built_without_them(scheduler):
 
 
 class Watch(L.Callback):
-    """Keeps the gradients and values of the scales at each step: before the optimizer, and after."""
+    """Records the gradients of the scales before each step, and their values before the first step and after each."""
 
     def __init__(self):
         self.gradients, self.values = [], []
@@ -210,7 +210,7 @@ def test_scales_follow_the_schedule():
 
 def test_an_optimizer_without_a_learning_rate_of_its_own():
     class Relative(torch.optim.SGD):
-        """Finds its learning rate by itself, as Adafactor does."""
+        """Sets its learning rate in each step, as Adafactor does."""
 
         def step(self, closure=None):
             for group in self.param_groups:
@@ -267,7 +267,7 @@ def test_calibration_leaves_no_trace():
             seen["updates"] = pl_module.accuracy.update_count
             seen["training"] = all(m.training for m in pl_module.modules())
 
-    # the same look, before and after calibration
+    # the same record, taken before and after calibration
     before, after = Look(), Look()
     looks = []
     for order in ([before, qat()], [qat(), after]):
@@ -326,7 +326,7 @@ def test_a_network_that_was_never_trained_gets_ranges_that_let_it_train():
 
     look, module = Look(), ConvModule()
     for conv in (module.stem, module.depthwise):
-        torch.nn.init.normal_(conv.weight, std=1e-3)  # in evaluation mode this would reach the next layer
+        torch.nn.init.normal_(conv.weight, std=1e-3)  # in evaluation mode, batch norm would pass the small values on
     trainer([qat(first_last_bits=None), look], max_steps=1, limit_val_batches=0).fit(module, Data())
     q = module.point.input_quantizer
     assert q.scale.item() * 7 > 0.5  # normalized values, not thousandths
@@ -524,7 +524,7 @@ def test_fused_is_a_truth_value():
 
 
 class LateBranch(ConvModule):
-    """A layer that the first epoch does not call."""
+    """Has a layer that the first epoch does not call."""
 
     def __init__(self):
         super().__init__()
@@ -695,7 +695,7 @@ def test_scales_of_a_group_that_comes_later_follow_its_rise_and_fall():
 
 
 class Growing(ConvModule):
-    """Has a new head from some hook on."""
+    """Appends a layer to its head in the given hook."""
 
     def __init__(self, hook):
         super().__init__()

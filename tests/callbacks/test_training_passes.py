@@ -37,7 +37,7 @@ def callbacks():
 
 
 class Assigns(ConvModule):
-    """Sets buffers and a wrapped metric anew, where others change theirs in place."""
+    """Assigns new tensors to its buffers and a wrapped metric, instead of changing them in place."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +54,7 @@ class Assigns(ConvModule):
 
 
 class Looks(L.Callback):
-    """What a module has before its first step, and around each validation."""
+    """Records buffers and a metric before the first step, and before and after each validation."""
 
     def __init__(self):
         self.first, self.before, self.after = None, [], []
@@ -120,7 +120,7 @@ def test_each_batch_of_a_pass_has_its_index():
 
 
 class Epochs(Sampler):
-    """A permutation for each epoch, which it counts itself."""
+    """Draws a permutation for each epoch, and counts the epochs itself."""
 
     def __init__(self):
         self.epoch = -1
@@ -175,7 +175,7 @@ class Buckets:
 
 
 class Files(IterableDataset):
-    """Shuffles its own list of more entries than a sampler of buckets has."""
+    """Shuffles its own list, which is longer than that of ``Buckets``."""
 
     def __init__(self):
         self.samples, self.order = dataset(80), list(range(80))
@@ -201,7 +201,7 @@ class Order(Sampler):
 
 
 class Around:
-    """A loader around others."""
+    """A loader that wraps others."""
 
     def __init__(self, *loaders, held=list):
         self.inner = held(loaders)
@@ -215,7 +215,7 @@ class Around:
 
 
 class Endless(DataLoader):
-    """Goes on with one iterator for good, as loaders that keep their workers do."""
+    """Uses the same iterator in all epochs, as loaders that keep their workers do."""
 
     class Repeated:
         def __init__(self, batches):
@@ -239,7 +239,7 @@ class Endless(DataLoader):
 
 
 class Held(Dataset):
-    """Keeps what draws its noise in an object of a list."""
+    """Keeps the generator of its noise in an object inside a list."""
 
     def __init__(self):
         self.clean, self.transforms = dataset(64), [Augmented(np.random.default_rng(1))]
@@ -287,7 +287,7 @@ def test_loaders_give_training_the_same_batches_as_without_passes(make):
 
 
 class Stream(IterableDataset):
-    """Closes its store when it ends, and has more data than order."""
+    """Closes its store when it is deleted, and holds two large arrays of data next to a short list of indices."""
 
     def __init__(self, path):
         self.store, self.order = {"open": True}, np.arange(16)
@@ -350,7 +350,7 @@ def test_the_trainers_limit_holds_outside_fit_too(limit, expected):
     assert len(data.train_dataloader()) == 8
     trainer([QuantizationAwareTraining(3, 3)], max_epochs=1).fit(module, data)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is no training data")  # with none of it
+        warnings.filterwarnings("ignore", message="There is no training data")  # if the limit is 0
         callbacks = [QuantizationAwareTraining(3, 3), reestimation]
         trainer(callbacks, limit_train_batches=limit).validate(module, data, verbose=False)
     assert len(run) == expected
@@ -434,7 +434,7 @@ def test_a_data_module_keeps_the_split_that_it_has_made():
     parts, mean = data.parts, module.bn1.running_mean.clone()
     t.test(module, data, verbose=False)
     assert data.parts is parts
-    assert not torch.equal(module.bn1.running_mean, mean)  # of another split
+    assert not torch.equal(module.bn1.running_mean, mean)  # re-estimated on another split
 
 
 def test_a_dataset_that_can_be_iterated_once_is_refused():

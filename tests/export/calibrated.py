@@ -1,4 +1,4 @@
-"""A quantized model with ranges, as training leaves it, without the training."""
+"""Quantized and calibrated models for tests of exports, without training."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""ONNX files run by ONNX Runtime, as written and as its optimizations change them."""
+"""Helpers that run ONNX files in ONNX Runtime, with and without its graph optimizations."""
 
 import collections
 
@@ -21,7 +21,7 @@ def session(path, *, optimized=True, save_to=None):
 
 
 def run(path, *inputs, optimized=True):
-    """All outputs, as tensors."""
+    """Run a file and return all its outputs as tensors."""
     s = session(path, optimized=optimized)
     feed = {i.name: x.numpy() for i, x in zip(s.get_inputs(), inputs)}
     return [torch.from_numpy(np.asarray(y)) for y in s.run(None, feed)]
@@ -32,7 +32,7 @@ def operators(path):
 
 
 def optimized_operators(path):
-    """What ONNX Runtime makes of a graph."""
+    """Count the operators of a graph after ONNX Runtime's optimizations."""
     optimized = path.with_suffix(".optimized.onnx")
     session(path, save_to=optimized)
     return operators(optimized)
@@ -43,6 +43,6 @@ def initializers(path):
 
 
 def assert_close(y, expected, tolerance=2e-6):
-    """Equal to rounding errors of sums: a share of the largest value."""
+    """Assert equality up to rounding errors of sums, as a fraction of the largest expected value."""
     error = (y - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
     assert error <= tolerance, error

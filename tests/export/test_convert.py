@@ -29,7 +29,7 @@ from lightning_qat_osc.lookup import quantized_layers
 
 
 class Only(nn.Module):
-    """One layer, called with everything that it is given."""
+    """Wraps one layer and passes it all arguments."""
 
     def __init__(self, layer):
         super().__init__()
@@ -136,7 +136,7 @@ def test_a_module_of_a_trainer_with_its_last_loss_on_it():
     freezing = IterativeFreezing(threshold=0.12, final_threshold=0.05, momentum=0.1)
     t = trainer([QuantizationAwareTraining(2, 3, scale_learning_rate=0.01), freezing], max_epochs=6)
     t.fit(module, Data())
-    module.last_loss = module(torch.randn(2, 1, 6, 6)).sum()  # a graph hangs on it
+    module.last_loss = module(torch.randn(2, 1, 6, 6)).sum()  # a tensor with an autograd graph
     plain = convert(module)
     x = torch.randn(4, 1, 6, 6)
     assert torch.equal(plain(x), module.eval()(x))
@@ -269,7 +269,7 @@ class OwnAttention(nn.MultiheadAttention):
 
 
 class AbstractFirst(abc.ABC, nn.MultiheadAttention):
-    """One whose class begins with another memory layout."""
+    """A subclass with an abstract class as its first base, and therefore a different memory layout."""
 
 
 @pytest.mark.parametrize("kind", [OwnAttention, AbstractFirst])

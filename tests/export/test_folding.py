@@ -1,4 +1,4 @@
-"""Batch norm folded away: the same function, the same integers, and what cannot be folded is named."""
+"""Batch-norm folding keeps the function and the integers, and warnings name what cannot be folded."""
 
 import copy
 
@@ -18,7 +18,7 @@ NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def used(norm, seed=0, negative=False):
-    """A batch norm with statistics and parameters as training leaves them."""
+    """Give a batch norm random statistics and parameters, as after training, and return it."""
     generator = torch.Generator().manual_seed(seed)
     norm.running_mean.copy_(torch.randn(norm.num_features, generator=generator))
     norm.running_var.copy_(torch.rand(norm.num_features, generator=generator) + 0.1)
@@ -32,7 +32,7 @@ def used(norm, seed=0, negative=False):
 
 
 def reference(layer, norm, x):
-    """Layer and batch norm in double precision, from their weights as they are."""
+    """Compute layer and batch norm in double precision, without folding."""
     layer, norm = copy.deepcopy(layer).double(), copy.deepcopy(norm).double()
     return norm(layer(x.double()))
 
@@ -98,7 +98,7 @@ def test_the_module_of_the_tests():
         f"{name}.{key}" for name in ("stem", "depthwise", "point", "head") for key in ("weight", "bias")
     }
     assert_close(folded(x), convert(model).double()(x.double()))
-    assert all(isinstance(m, nn.BatchNorm2d) for m in (model.bn1, model.bn2))  # the original is as it was
+    assert all(isinstance(m, nn.BatchNorm2d) for m in (model.bn1, model.bn2))  # the original is unchanged
 
 
 def test_a_negative_gamma_negates_integers_but_not_off_the_grid():
@@ -114,7 +114,9 @@ def test_a_negative_gamma_negates_integers_but_not_off_the_grid():
     assert folded.weights["0.weight"].scale.flatten().tolist() == pytest.approx([0.2, 0.1], rel=1e-4)
     with torch.no_grad():
         norm.weight.neg_()
-    with pytest.warns(UserWarning, match="'1' is not folded: channel 1 has a negative gamma and a weight at -8"):
+    with pytest.warns(
+        UserWarning, match="'1' is not folded: channel 1 has a negative gamma and an integer weight of -8"
+    ):
         kept = convert(model, fold_batch_norm=True)
     assert torch.equal(kept(x), model(x))
     assert isinstance(kept[1], nn.BatchNorm1d)
@@ -146,21 +148,21 @@ def test_full_precision_layers_are_folded_too():
 
 
 class Padded(nn.Conv2d):
-    """A convolution with a forward of its own that is one all the same."""
+    """A convolution that overrides forward but only pads and convolves."""
 
     def forward(self, x):
         return F.conv2d(F.pad(x, [1, 1, 1, 1]), self.weight, self.bias, self.stride)
 
 
 class Activated(nn.Conv2d):
-    """A convolution that does more."""
+    """A convolution whose forward also applies an activation."""
 
     def forward(self, x):
         return F.relu(F.conv2d(x, self.weight, self.bias))
 
 
 class ActivatedByDefault(nn.Conv2d):
-    """A convolution that does more where it is given less."""
+    """A convolution that applies an activation unless ``raw`` is given."""
 
     def forward(self, x, raw=None):
         out = F.conv2d(x, self.weight, self.bias)
@@ -168,7 +170,7 @@ class ActivatedByDefault(nn.Conv2d):
 
 
 class Remembering(nn.Conv2d):
-    """A convolution whose output may be read later."""
+    """A convolution that keeps its output in an attribute, where it may be read later."""
 
     def forward(self, x):
         self.last = F.conv2d(x, self.weight, self.bias)
@@ -186,7 +188,7 @@ class OwnNorm(nn.BatchNorm2d):
 
 
 class Net(nn.Module):
-    """A convolution and a batch norm, called in a way of one's own."""
+    """A convolution and a batch norm; ``call`` is the forward pass."""
 
     def __init__(self, call, conv=None, norm=None):
         super().__init__()
@@ -210,7 +212,7 @@ def unpacked(net, x):
 
 
 class Optional(Net):
-    """Net with an argument that may be left out, and others that do not matter."""
+    """A Net with an optional argument, ``skip``, and others that it ignores."""
 
     def forward(self, x, skip=None, sizes=(1, [2]), *, scale=1.0, name="", **more):
         return self.call(self, x, skip)
@@ -308,7 +310,7 @@ def test_shared_weights_and_statistics_that_are_not_finite():
 
 
 class Branching(nn.Module):
-    """Untraceable at the top; what is below is traced by itself."""
+    """Cannot be traced as a whole, so its submodules are traced separately."""
 
     def __init__(self):
         super().__init__()
@@ -343,7 +345,7 @@ def test_below_a_module_that_cannot_be_traced():
 
 
 class Padding(nn.Module):
-    """Pads by what it computes from its input's shape, as ports of TensorFlow's networks do."""
+    """Computes its padding from the shape of its input, as ports of TensorFlow networks do."""
 
     def __init__(self):
         super().__init__()
@@ -411,7 +413,7 @@ def test_what_a_forward_does_without_an_argument_counts(call, reason):
 
 
 class Later(nn.Module):
-    """Untraceable, and reads what its body left somewhere."""
+    """Cannot be traced, and reads a value that its body stored during the forward pass."""
 
     def __init__(self, body, left):
         super().__init__()
@@ -461,7 +463,7 @@ def test_an_output_that_is_read_later_is_not_folded(make, reason):
 
 
 class Counting:
-    """What has a buffer, and containers that it changes in place."""
+    """A mixin with a buffer, which forward reassigns, and containers, which forward changes in place."""
 
     def count(self):
         self.register_buffer("calls", torch.zeros(()))
@@ -501,9 +503,9 @@ def test_buffers_and_containers_are_left_as_they_were(make):
     (counting,) = (m for m in model.modules() if hasattr(m, "by_name"))
     counting.inputs, counting.by_name, counting.seen = [1], {"inputs": (["a"],)}, {2}
     folded = integer_model(model, fold_batch_norm=True)
-    assert folded.folding.into or torch.__version__ < "2.13"  # older ones may trace no assignment to a buffer
+    assert folded.folding.into or torch.__version__ < "2.13"  # older versions may not trace buffer assignments
     (counting,) = (m for m in folded.module.modules() if hasattr(m, "by_name"))
-    assert torch.equal(counting.calls, torch.ones(()))  # the calibration's
+    assert torch.equal(counting.calls, torch.ones(()))  # from the forward pass for calibration only
     assert counting.inputs == [1]
     assert counting.by_name == {"inputs": (["a"],)}
     assert counting.seen == {2}

@@ -1,4 +1,4 @@
-"""ONNX files: what they hold, and that ONNX Runtime computes from them what the quantized model computes."""
+"""ONNX files: their contents, and that ONNX Runtime computes the same outputs as the quantized model."""
 
 import copy
 
@@ -25,7 +25,7 @@ pytestmark = needs_onnx_export
 
 
 def network():
-    """Every way from a layer to the next quantizer: clipping, pooling, padding, reshaping, a sum."""
+    """Return a network with all operations from a layer to the next quantizer: clip, pool, pad, reshape, and sum."""
     torch.manual_seed(3)
 
     class Residual(nn.Module):
@@ -74,7 +74,7 @@ def outputs(model, *inputs):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """(bits, granularity) -> a quantized network and its file, made once."""
+    """Return a function that creates a quantized network and its file, once for each choice of bits and granularity."""
     made = {}
 
     def get(weight_bits, activation_bits, granularity="per_channel"):
@@ -99,15 +99,15 @@ WIDTHS = [(8, 8), (4, 8), (4, 4), (3, 3), (2, 5), (8, 6), (7, 7), (3, None), (No
 )
 def test_onnx_runtime_computes_the_quantized_model(exported, weight_bits, activation_bits, granularity):
     model, path = exported(weight_bits, activation_bits, granularity)
-    x = 1.5 * images(1000, seed=11)  # wider than what the ranges were set from, so that grids saturate
+    x = 1.5 * images(1000, seed=11)  # wider than in calibration, so that grids saturate
     expected = outputs(model, x)
     exact = run(path, x, optimized=False)[0]
     rows = (exact - expected).abs().amax(1) > 2e-6 * expected.abs().max()
-    assert rows.sum() <= 5  # ties: a value in the middle of two integers, to rounding errors of the sum it is
+    assert rows.sum() <= 5  # where rounding errors of sums decide a tie between two integers
     assert ((exact - expected).abs().max() / expected.std()) < 0.5
     optimized = run(path, x)[0]
     if weight_bits and activation_bits and weight_bits + activation_bits >= 12:
-        # int32 biases: each integer at most one off
+        # int32 biases shift each integer by at most one
         assert (optimized - expected).abs().mean() < 0.02 * expected.std()
         assert (optimized.argmax(1) == expected.argmax(1)).float().mean() > 0.98
     else:
@@ -131,7 +131,7 @@ def test_without_int32_biases_8_bits_are_exact_too(exported):
 def test_integer_kernels_at_8_bits(exported):
     _, path = exported(8, 8)
     found = optimized_operators(path)
-    # not the residual's convolution and the one before it, whose outputs a sum takes in full precision
+    # the residual's convolution and the one before it stay float: a sum reads their outputs in full precision
     assert found["QLinearConv"] == 2
     assert found["MatMulIntegerToFloat"] == 2
     assert found["Gemm"] == found["MatMul"] == 0
@@ -176,7 +176,8 @@ def test_quantizers_stand_behind_the_layers(exported):
         above = [
             producers[n.input[0]].op_type for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] != "input"
         ]
-        # ReLU6, max pooling and padding; ReLU; Hardtanh and Flatten have let them pass
+        # quantizers moved above ReLU6, max pooling, padding, Hardtanh, Flatten, and ReLU, except the ReLU whose output
+        # a sum reads too
         assert set(above) <= {"Conv", "Sum", "Add", "Relu"}
         assert operators(path)["BatchNormalization"] == 0
 
@@ -198,7 +199,7 @@ def test_a_fixed_batch_and_an_example_of_one_row(tmp_path):
 
 
 def test_a_weight_in_full_precision_stays_so(tmp_path):
-    # ONNX Runtime quantizes such weights by itself, where it finds them between quantized tensors
+    # by default, ONNX Runtime quantizes such weights where it finds them between quantized tensors
     rules = tuple(LayerRule(pattern=name, weight_bits=None) for name in ("0", "5", "12"))
     model = calibrated(network(), images(), weight_bits=3, activation_bits=8, rules=rules)
     export_onnx(model, tmp_path / "model.onnx", images(2))
@@ -376,7 +377,7 @@ def test_other_layers(name, granularity, tmp_path):
 
 @st.composite
 def convolutions(draw):
-    """A convolution or a linear layer of any shape, and the shape of an input."""
+    """Draw a convolution or a linear layer of any shape, and the shape of an input."""
     kind = draw(st.sampled_from(["Linear", "Conv1d", "Conv2d", "ConvTranspose1d", "ConvTranspose2d"]))
     batch, bias = draw(st.integers(1, 4)), draw(st.booleans())
     if kind == "Linear":
@@ -410,7 +411,7 @@ ANY = (
 
 
 def examples(n):
-    """A search; a failure is reported as it was found, since an export takes a second."""
+    """Return settings for a search that does not shrink failures, because each export takes a second."""
     return settings(
         max_examples=n,
         deadline=None,
@@ -428,7 +429,7 @@ def check_any_layer(tmp_path_factory, layer_and_shape, weight_bits, activation_b
     layer = copy.deepcopy(layer)
     for p in layer.parameters():
         nn.init.normal_(p)
-    # what is behind it is a quantizer, which ONNX Runtime may compute with the layer
+    # a quantizer follows the layer, and ONNX Runtime may fuse the two
     activations = {None: nn.Identity(), "relu": nn.ReLU(), "hardtanh": nn.Hardtanh(-0.5, 0.7)}
     features = layer(torch.zeros(shape)).shape[-1]
     x = torch.randn(shape) + (1.0 if seed % 2 else 0.0)
@@ -440,7 +441,7 @@ def check_any_layer(tmp_path_factory, layer_and_shape, weight_bits, activation_b
     x = 1.3 * torch.randn(2 * len(x), *shape[1:])
     expected = outputs(model, x)
     step = 0.0
-    if activation_bits is not None:  # one integer of the second layer's input may be at a tie, or next to an int32 bias
+    if activation_bits is not None:  # a tie or an int32 bias may shift one integer of the second layer's input
         step = (model[2].input_quantizer.scale * model[2].weight.abs().max()).item()
     for optimized in (False, True):
         error = (run(path, x, optimized=optimized)[0] - expected).abs().flatten()
@@ -705,7 +706,7 @@ def test_a_batch_norm_behind_a_linear_layer_in_full_precision(tmp_path, bias):
 
 
 class Sequences(nn.Conv1d):
-    """Of [N, L, C]."""
+    """A convolution over sequences of shape [N, L, C]."""
 
     def forward(self, x):
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
@@ -731,7 +732,7 @@ def test_every_initializer_is_used(tmp_path):
 
 
 class Switching(nn.Module):
-    """A backbone without gradients, and a layer out of autocast's reach."""
+    """A backbone in torch.no_grad(), and a layer for which autocast is disabled."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files of packed integers: small, whole, and the converted model again."""
+"""Packed files are small, are refused if damaged, and load as the converted model."""
 
 import copy
 import json
@@ -62,7 +62,7 @@ def test_the_converted_model_comes_back(kind, activation_bits, tmp_path):
     assert not loaded.training
     assert_equal(loaded(*inputs), expected(*inputs))
     assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items())
-    assert_same_model(load_packed(tmp_path / "model.safetensors", model), expected)  # a quantized one serves as well
+    assert_same_model(load_packed(tmp_path / "model.safetensors", model), expected)  # a quantized module works too
 
 
 def test_shared_weights_are_stored_once(tmp_path):
@@ -105,7 +105,7 @@ def test_other_dtypes(dtype, tmp_path):
 
 
 def residual_net(width=64):
-    """The weights of a ResNet-18 on small images: 11.2 million."""
+    """Return a network with the weights of a ResNet-18 for small images, 11.2 million."""
     layers, channels = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()], width
     for stage in range(4):
         for block in range(2):
@@ -152,7 +152,7 @@ def test_every_truncated_file_is_refused(small, tmp_path):
 
 def test_every_edited_file_is_refused(small, tmp_path):
     path = tmp_path / "model.safetensors"
-    fresh = nn.Identity()  # nothing is to get as far as the model
+    fresh = nn.Identity()  # the file must be refused before the model is looked at
     for position in range(len(small)):
         path.write_bytes(small[:position] + bytes([small[position] ^ 1]) + small[position + 1 :])
         with pytest.raises(ValueError, match=r"is damaged|is not a packed model"):
@@ -291,7 +291,7 @@ def test_a_converted_model_is_refused(tmp_path):
     model = calibrated(nn.Sequential(nn.Linear(4, 4)), torch.randn(8, 4))
     save_packed(model, tmp_path / "model.safetensors")
     with os.scandir(tmp_path) as entries:
-        load_packed(next(entries), nn.Sequential(nn.Linear(4, 4)))  # any path will do
+        load_packed(next(entries), nn.Sequential(nn.Linear(4, 4)))  # any path-like object works
     with pytest.raises(ValueError, match="module must be newly created, but this Sequential is already converted"):
         load_packed(tmp_path / "model.safetensors", convert(model))
 

@@ -1,4 +1,4 @@
-"""The torch.export form: integer weights, operators that backends know, outputs of the graph and of its lowering."""
+"""Export with torch.export: integer weights, operators that backends know, outputs of the graph and its lowering."""
 
 import collections
 import copy
@@ -19,7 +19,7 @@ quantized = torch.ops.quantized_decomposed
 
 
 def rows_that_differ(y, expected):
-    """Rows with more than rounding errors of sums: a value at the middle between two integers, to such errors."""
+    """Count rows that differ by more than rounding errors of sums, as where these decide a tie between integers."""
     return int(((y - expected).abs().flatten(1).amax(1) > 2e-6 * expected.abs().max()).sum())
 
 
@@ -29,7 +29,7 @@ def test_the_program_computes_the_quantized_model(weight_bits, activation_bits, 
     model = calibrated(network(), images(), weight_bits=weight_bits, activation_bits=activation_bits)
     program = export_program(model, images(2), fold_batch_norm=fold)
     x = 1.5 * images(500, seed=5)
-    assert rows_that_differ(outputs(program.module(), x), outputs(model, x)) <= 25  # multiplies by the reciprocal
+    assert rows_that_differ(outputs(program.module(), x), outputs(model, x)) <= 25  # multiplies by 1 / scale
     operators = collections.Counter(node.target for node in program.graph.nodes)
     assert operators[quantized.dequantize_per_channel.default] == (0 if weight_bits is None else 6)
     assert operators[quantized.quantize_per_tensor.default] == (0 if activation_bits is None else 6)
@@ -136,7 +136,7 @@ def classifier():
 
 def lowered(model, x):
     lowering = importlib.import_module("torchao.quantization.pt2e.lowering")
-    importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")  # registers what it matches
+    importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")  # registers patterns
     with torch.no_grad():
         program = export_program(model, x, dynamic_batch=False)
         return lowering.lower_pt2e_quantized_to_x86(program.module(), (copy.deepcopy(x),))
@@ -149,7 +149,7 @@ def lowered(model, x):
 def test_torchao_lowers_it_to_integer_kernels(weight_bits, activation_bits, granularity):
     bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
     model = calibrated(classifier(), images(), weight_granularity=granularity, **bits)
-    x = 3 * images(64, seed=5)  # beyond the grids
+    x = 3 * images(64, seed=5)  # so that grids saturate
     graph = lowered(model, x)
     kernels = [str(n.target) for n in graph.graph.nodes if str(n.target).startswith(("onednn.qconv", "onednn.qlinear"))]
     assert len(kernels) == 4
@@ -178,7 +178,7 @@ def test_a_norm_behind_a_convolution_without_a_batch_stays(length):
     norm = nn.BatchNorm1d(length)
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.2, 3)
-    x = torch.randn(3, length)  # [C, L], of which batch norm takes L for channels
+    x = torch.randn(3, length)  # [C, L]; batch norm takes L as the channels
     model = calibrated(nn.Sequential(nn.Conv1d(3, 4, 1), norm), x, activation_bits=None)
     program = export_program(model, x, dynamic_batch=False)
     with torch.no_grad():
@@ -222,9 +222,9 @@ class Controlled(nn.Module):
         return self.last(torch.cond(hidden.sum() > 0, lambda y: y.relu(), lambda y: y.sigmoid(), (hidden,)))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch, as it traces the branches
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch, while it traces the branches
 def test_control_flow_stays_in_the_graph():
-    with torch.compiler.set_stance("force_eager"):  # as the passes of the callbacks are
+    with torch.compiler.set_stance("force_eager"):  # as in the callbacks' calibration passes
         model = calibrated(Controlled(), torch.randn(8, 4)).eval()
     program = export_program(model, torch.randn(8, 4)).module()
     for x in (torch.randn(5, 4), -torch.randn(5, 4).abs(), torch.randn(5, 4).abs()):

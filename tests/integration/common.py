@@ -1,4 +1,4 @@
-"""What the integration tests share: every callback at once, what a run leaves behind, slow loops over its integers."""
+"""Helpers of the integration tests: all callbacks together, snapshots of a module, slow loops over its integers."""
 
 import math
 
@@ -24,7 +24,7 @@ DAMPENING = 1e-2
 
 
 def all_callbacks(*, record=None, forward_fn=None, momentum=MOMENTUM, **qat):
-    """Every callback, with settings under which weights freeze within a few epochs; a Record goes behind the first."""
+    """Return every callback, set so that weights freeze within a few epochs, with ``record`` after the first."""
     qat = {"weight_bits": 2, "activation_bits": 3, "first_last_bits": None, "scale_learning_rate": 0.01, **qat}
     return [
         QuantizationAwareTraining(forward_fn=forward_fn, **qat),
@@ -37,7 +37,7 @@ def all_callbacks(*, record=None, forward_fn=None, momentum=MOMENTUM, **qat):
 
 
 class Order:
-    """Batches in an order of their own each epoch, in which a checkpoint finds its place again."""
+    """Gives batches in a different order in each epoch, and can resume in mid-epoch from a checkpoint."""
 
     def __init__(self):
         self.data, self.epoch, self.position, self.begin = dataset(), 0, 0, 0
@@ -53,7 +53,7 @@ class Order:
         order = torch.randperm(64, generator=torch.Generator().manual_seed(self.epoch)).view(8, 8)
         begin, self.begin = self.begin, 0
         for i in range(begin, 8):
-            self.position = (i + 1) % 8  # behind the last batch begins the next epoch
+            self.position = (i + 1) % 8  # after the last batch, the next epoch begins
             yield self.data[order[i]]
 
     def state_dict(self):
@@ -64,7 +64,7 @@ class Order:
 
 
 def snapshot(module):
-    """Everything that a run leaves behind in a module, by name."""
+    """Return copies of everything that a run leaves behind in a module, by name."""
     state = {name: value.clone() for name, value in module.state_dict().items()}
     for name, states in oscillation_states(module).items():
         state |= {f"{name}.{key}": value.clone() for key, value in states.state_dict().items()}
@@ -78,14 +78,14 @@ def assert_same(a, b):
 
 
 def annealed(initial, final, position, length):
-    """The paper's cosine: the value at a position of a run."""
+    """Return the value of the paper's cosine schedule at a position of a run."""
     start = ANNEAL_START * length
     progress = min(1.0, max(0.0, (position - start) / (length - start)))
     return final + (initial - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def integers(module, latents=None):
-    """The integers of every weight, or of what they were, in double precision."""
+    """Compute the integers of the current weights, or of ``latents``, in double precision."""
     latents = latents or {w.name: w.weight.detach() for w in quantized_weights(module)}
     return {
         w.name: torch.clamp(
@@ -105,9 +105,9 @@ def scales(module):
 
 
 class Record(L.Callback):
-    """Follows each step that an optimizer takes, by hooks of its own.
+    """Records each optimizer step with its own hooks.
 
-    Of latent weights ahead of all that is ours, since these hooks are there first; of scales behind it.
+    Latent weights are copied before the package's hooks run, by a hook registered earlier; scales are read after them.
     """
 
     def __init__(self):
@@ -136,9 +136,9 @@ class Record(L.Callback):
 
 
 def assert_states_are_those_of_slow_loops(module, record, threshold):
-    """Each weight's history by Algorithm 1 in Python floats, over the steps of the optimizer that owns it.
+    """Check each weight's history against Algorithm 1 in Python floats, over the steps of the optimizer that owns it.
 
-    ``threshold`` is a function of the index of a step and of its batch.
+    ``threshold`` is a function of the index of a step and the index of its batch.
     """
     loops = {name: [WeightLoop(z, MOMENTUM) for z in initial] for name, initial in record.initial.items()}
     for index, (_, batch, latent, _) in enumerate(record.steps):
@@ -157,7 +157,7 @@ def assert_states_are_those_of_slow_loops(module, record, threshold):
 
 
 def freezing_threshold(position, length):
-    """The threshold of all_callbacks at a position of a run; none before annealing begins."""
+    """Return the freeze threshold of ``all_callbacks`` at a position of a run: infinite before annealing begins."""
     if position < ANNEAL_START * length:
         return math.inf
     return annealed(THRESHOLD, FINAL_THRESHOLD, position, length)
@@ -168,7 +168,7 @@ def frozen_weights(module):
 
 
 def assert_frozen_weights_lie_on_the_grid(module):
-    """Latent values of frozen weights are scale times integer, rounded to their dtype once, and round to it."""
+    """Check that frozen latent weights are scale times integer in their dtype, and that they round to that integer."""
     for _, w, q in quantized_weights(module):
         frozen, z = q.oscillation.frozen, q.oscillation.weight_int
         on_grid = (q.scale.detach() * z).to(w.dtype)

@@ -1,4 +1,4 @@
-"""Run by test_strategies.py, in one process or several: trains, and writes what each rank has."""
+"""Script that test_strategies.py runs in one process or several: trains, and writes a report for each rank."""
 
 import argparse
 import json
@@ -39,7 +39,7 @@ def config_of(granularity):
 
 
 class Net(ConvModule):
-    """The same, sharded or compiled as asked; without batch norm, its gradient is the mean of those of half batches."""
+    """A ConvModule, sharded or compiled on request; without batch norm, its gradient is the mean over half batches."""
 
     def __init__(self, lr, optimizer="SGD", granularity=None, compiled=False, batch_norm=True):
         super().__init__(lr, optimizer=optimizer)
@@ -47,7 +47,7 @@ class Net(ConvModule):
         self.activation = F.relu
         if not batch_norm:
             self.bn1 = self.bn2 = nn.Identity()
-            # sums of quantized products are often exactly 0, where relu has two gradients, and rounding chooses
+            # sums of quantized products are often exactly 0, where rounding errors decide the gradient of relu
             self.activation = F.silu
 
     def forward(self, x):
@@ -79,7 +79,7 @@ class Net(ConvModule):
 
 
 class InOrder(Data):
-    """Together the ranks see the batches that one process sees, in the same order: Lightning's own sampler shuffles."""
+    """Gives all ranks together the batches of one process, in the same order; Lightning's own sampler shuffles."""
 
     def train_dataloader(self):
         data = dataset()
@@ -112,7 +112,7 @@ class Look(L.Callback):
 
 
 class Stop(L.Callback):
-    """End a run of more epochs early, as an interruption would."""
+    """Ends a longer run after the given number of epochs, as an interruption would."""
 
     def __init__(self, epochs):
         self.epochs = epochs
@@ -123,7 +123,7 @@ class Stop(L.Callback):
 
 
 def report(module, look=None) -> dict:
-    """What a rank has, in plain numbers: of sharded tensors the whole, and how much of it is here."""
+    """Return a rank's results as plain numbers: sharded tensors in full, and how many histories are on this rank."""
     reshard(module)
     states = oscillation_states(module)
     return {
@@ -180,7 +180,7 @@ def main() -> None:
     module, look = Net(a.lr, a.optimizer, sharded, a.compile, not a.no_batch_norm), Look()
     if not a.no_batch_norm:
         for bn in (module.bn1, module.bn2):
-            bn.num_batches_tracked.fill_(1)  # trained before, so calibration does not depend on the size of a batch
+            bn.num_batches_tracked.fill_(1)  # as if trained, so that calibration does not depend on the batch size
     if a.quantize_first:
         quantize_model(module, config_of(a.granularity))
     callbacks = [
@@ -219,10 +219,10 @@ def main() -> None:
         t.save_checkpoint(a.save)
         t.test(module, InOrder(batch_size=8 // devices), ckpt_path=a.save)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()  # a process that ends early takes the connections of the other with it
+        dist.barrier()  # a process that ends early closes the connections of the other
         dist.destroy_process_group()
     sys.stderr.flush()
-    os._exit(0)  # all is written, and gloo's threads now and then abort an interpreter that takes itself apart
+    os._exit(0)  # all results are written; in a normal exit, gloo's threads sometimes abort the interpreter
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints of every kind, into every kind of module."""
+"""Checkpoints of every kind, loaded into every kind of module."""
 
 import copy
 import errno
@@ -43,7 +43,7 @@ def callbacks(**kwargs):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A float run, a quantized one with its full and its weights-only checkpoint, and its module."""
+    """Full and weights-only checkpoints of a float run and a quantized run, and the quantized module."""
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     t = trainer([], max_epochs=2)
@@ -106,7 +106,7 @@ def test_quantized_without_a_trainer(runs):
         assert torch.equal(loaded.eval()(X), module(X))
     for name, state in oscillation_states(module).items():
         assert torch.equal(oscillation_states(loaded)[name].frequency, state.frequency)
-    trainer(callbacks(), max_epochs=1).fit(loaded.train(), Data())  # and goes on
+    trainer(callbacks(), max_epochs=1).fit(loaded.train(), Data())  # and training can continue
 
 
 def test_what_a_module_does_to_its_checkpoint_is_done_without_a_trainer_too(tmp_path):
@@ -140,7 +140,7 @@ def test_what_a_module_does_to_its_checkpoint_is_done_without_a_trainer_too(tmp_
 
 
 class Growing(ConvModule):
-    """Makes its head, and one block more, as its checkpoint says."""
+    """Recreates its head when it loads a checkpoint, and adds as many blocks as the checkpoint has."""
 
     def __init__(self, config=None):
         super().__init__()
@@ -167,14 +167,14 @@ def test_layers_that_a_module_makes_as_it_loads(tmp_path):
     assert len(loaded.blocks) == 1
     with torch.no_grad():
         assert torch.equal(loaded.eval()(X), module.eval()(X))
-    # and an argument that is called like one of load_quantized
+    # an argument of the module may have the same name as one of load_quantized
     assert load_quantized(Growing, tmp_path / "grown.ckpt", config="its own").config == "its own"
     with pytest.raises(TypeError, match="config must be a QuantConfig, got 'none'"):
         load_quantized(ConvModule, tmp_path / "grown.ckpt", config="none")
 
 
 class Filtering(ConvModule):
-    """Takes of a checkpoint what it has, and holds what cannot be copied."""
+    """Loads only the entries of a checkpoint that match its own, and has an attribute that cannot be copied."""
 
     def __init__(self):
         super().__init__(lr=0.3)
@@ -186,7 +186,7 @@ class Filtering(ConvModule):
 
 
 class Forgetful(ConvModule):
-    """Takes of a checkpoint what it had when it was made."""
+    """Drops the quantizers from a checkpoint when it loads it."""
 
     def __init__(self):
         super().__init__(lr=0.3)
@@ -243,7 +243,7 @@ def test_weights_only_needs_a_configuration(runs):
 
 @pytest.mark.parametrize("name", ["weights", "float_weights"])
 def test_training_does_not_go_on_from_weights_alone(runs, name):
-    # Lightning's own word: such a checkpoint has no optimizer
+    # Lightning's own error: such a checkpoint has no optimizer state
     class Untrained(ConvModule):
         def on_train_batch_start(self, batch, batch_idx):
             raise AssertionError("was refused before")

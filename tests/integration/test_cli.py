@@ -45,14 +45,14 @@ def test_the_complete_example(tmp_path):
     checkpoint = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)
     state = checkpoint["state_dict"]
     assert state["network.4.0.weight_quantizer.oscillation.frequency"].shape == state["network.4.0.weight"].shape
-    # the optimizer was built before the quantizers: its scales have moved all the same
+    # the scales have moved, although the optimizer was built before the quantizers
     later = state["network.4.0.weight_quantizer.scale"]
     assert later.item() != pytest.approx(plan["network.4.0"]["weight_scale"], rel=1e-4)
     assert later.item() == pytest.approx(plan["network.4.0"]["weight_scale"], rel=0.2)
     saved = yaml.safe_load(next(tmp_path.rglob("config.yaml")).read_text())
     arguments = saved["trainer"]["callbacks"][0]["init_args"]
     assert arguments["rules"][0]["pattern"] == "network.3.*"
-    # what the CLI saved reads back in, for validation of the checkpoint too
+    # the configuration that the CLI saved can be read back
     config = next(tmp_path.rglob("config.yaml"))
     run("fit", "--config", str(config), "--trainer.fast_dev_run", "true", cwd=tmp_path)
 
@@ -80,9 +80,12 @@ def test_callbacks_on_the_command_line(tmp_path):
     [
         ("QuantizationAwareTraining", {"weight_bits": "Bits of the weights", "rules": "Exceptions by layer name"}),
         ("OscillationTracking", {"momentum": "Weight of the new value", "max_bits": "at most this many bits"}),
-        ("OscillationDampening", {"final_weight": "Lambda at the end", "aggregation": "Over a layer's weights"}),
+        (
+            "OscillationDampening",
+            {"final_weight": "Lambda at the end", "aggregation": "of a layer's weights are reduced"},
+        ),
         ("IterativeFreezing", {"threshold": "Frequency above which", "final_threshold": "Threshold at the end"}),
-        ("BatchNormReestimation", {"num_batches": "Training batches to estimate", "forward_fn": "Runs the network"}),
+        ("BatchNormReestimation", {"num_batches": "Number of training batches", "forward_fn": "runs the network"}),
         ("ModelExport", {"formats": "safetensors with b bits", "network": "Name of the submodule to export"}),
     ],
 )

@@ -1,4 +1,4 @@
-"""Compiled networks under all callbacks: whole graphs, no recompilation, and the states of the eager run."""
+"""Compiled networks under all callbacks: no graph breaks, no recompilation, and the same states as the eager run."""
 
 import lightning as L
 import pytest
@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 
 class Module(L.LightningModule):
-    """A network that may be compiled in place, or handed to torch.compile, and steps that log."""
+    """A network, optionally compiled in place or wrapped by torch.compile, with steps that can log."""
 
     def __init__(self, network=None, compiler=None, wrapped=False, log=True):
         super().__init__()
@@ -100,14 +100,14 @@ def callbacks(reestimate=None, **kwargs):
 
 @pytest.fixture(autouse=True)
 def counter():
-    """A backend that counts the graphs that it is given."""
+    """Yield a backend that counts the graphs that it compiles."""
     torch._dynamo.reset()
     yield CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
 
 
 class Graphs(L.Callback):
-    """The number of graphs after each batch."""
+    """Records the number of graphs after each batch."""
 
     def __init__(self, counter):
         self.counter, self.after = counter, []
@@ -159,7 +159,7 @@ def test_compiled_in_place_it_is_the_eager_run_in_three_graphs(counter, kind):
     graphs = Graphs(counter)
     compiled, _ = fit(own=callbacks(**KINDS[kind]), extra=[graphs], module_kwargs={"compiler": counter})
     assert_same(eager, compiled)
-    # the sanity check before there are ranges, training, evaluation: then freezing and re-estimation change nothing
+    # one graph each for sanity check (before calibration), training, evaluation; freezing and re-estimation add none
     warm_up = 2 + 8 + 1
     assert graphs.after[:warm_up] == [1, 1, *[2] * 8, 3]
     assert set(graphs.after[warm_up:]) == {3}
@@ -214,7 +214,7 @@ def test_evaluation_after_fit_costs_what_it_does_in_plain_lightning(counter):
             trainer(own).validate(module, OtherTrainingData(batch_size=4), verbose=False)
         assert torch.equal(module.network.bn1.running_mean, mean) == (not own)
         graphs.append(counter.frame_count - after_fit)
-    assert graphs == [1, 1]  # outside fit Lightning evaluates in inference mode, whose tensors are of another kind
+    assert graphs == [1, 1]  # outside fit, Lightning evaluates in inference mode, which needs its own graph
 
 
 def test_a_compiled_run_resumes_and_ends_like_the_eager_one(counter, tmp_path):
@@ -255,7 +255,7 @@ def test_an_error_in_a_pass_does_not_leave_everything_eager(counter):
 
 
 def whole(own, log, counter):
-    """Fit ``torch.compile(module)``: the error that ends it, if any, and the module."""
+    """Fit ``torch.compile(module)``, and return the type of the error that ended it, or None, and the module."""
     torch._dynamo.reset()
     torch.manual_seed(11)
     module = Module(log=log)

@@ -1,4 +1,4 @@
-"""What cannot be meant is refused before a step is trained, with the argument, the rule and the value."""
+"""Invalid arguments and setups are refused before the first step; the error names argument, rule and value."""
 
 import re
 import tempfile
@@ -32,7 +32,7 @@ def qat(**kwargs):
 
 
 class Counted(ConvModule):
-    """Counts the steps that train it."""
+    """Counts the batches that it is trained on."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ class Counted(ConvModule):
 
 
 class Bare(Counted):
-    """No layer of a kind that can be quantized."""
+    """Has no layer of a kind that can be quantized."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ COUNTS = [
 
 
 def numbers(interval, *outside):
-    """Rows for an argument that is a number in an interval."""
+    """Return rows of invalid values for an argument that must be a number in an interval."""
     rule = re.escape(interval)
     rows = [(value, ValueError, rf"must be in {rule}, got {value}$") for value in (*outside, NAN, INF, -INF)]
     wrong = [
@@ -277,7 +277,8 @@ def test_one_below_twice_the_momentum_is_warned_of(threshold, final):
         trainer(both(threshold, final), max_steps=1).fit(ConvModule(), Data())
 
 
-@pytest.mark.parametrize(("threshold", "final"), [(0.21, None), (0.4, 0.1)])  # the paper's 0.04 and 0.01, momentum 0.01
+# (0.4, 0.1) with momentum 0.1 is 10 times the paper's (0.04, 0.01) with momentum 0.01
+@pytest.mark.parametrize(("threshold", "final"), [(0.21, None), (0.4, 0.1)])
 def test_one_above_twice_the_momentum_is_not(threshold, final):
     trainer(both(threshold, final), max_steps=1).fit(ConvModule(), Data())
 
@@ -307,7 +308,7 @@ def test_without_quantization_there_is_nothing_to_do(name):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_one_of_a_kind(name):
-    if name == "BatchNormReestimation":  # of those with a state, Lightning itself allows one
+    if name == "BatchNormReestimation":  # Lightning itself refuses two stateful callbacks of a type
         with pytest.raises(RuntimeError, match=f"more than one stateful callback of type `{name}`"):
             trainer([qat(), OTHERS[name](), OTHERS[name]()])
         return
@@ -330,11 +331,11 @@ def test_quantization_comes_first(name):
 
 
 class Renamed(QuantizationAwareTraining):
-    """Has a state of its own in the checkpoint, so Lightning does not mind a second one."""
+    """Has its own key in checkpoints, so Lightning accepts it next to a QuantizationAwareTraining."""
 
 
 def test_a_second_quantization_is_refused():
-    with pytest.raises(RuntimeError, match="QuantizationAwareTraining"):  # Lightning's own, when the Trainer is made
+    with pytest.raises(RuntimeError, match="QuantizationAwareTraining"):  # from Lightning, at creation of the Trainer
         trainer([qat(), qat()])
     words = "only one QuantizationAwareTraining can quantize a module"
     module = refused(words, [qat(), Renamed(2, 3)])
@@ -410,7 +411,7 @@ def test_a_loss_of_nan_on_every_calibration_batch(kind):
     module = refused(words, [qat()], module=BadLoss(4, kind))
     assert module.losses == 4
     assert not any(layer.weight_quantizer.calibrated for layer in quantized_layers(module).values())
-    trainer([qat()], max_epochs=1).fit(module, Data())  # whoever has mended it can go on
+    trainer([qat()], max_epochs=1).fit(module, Data())  # training can start after the loss is fixed
     assert module.trained == 8
 
 

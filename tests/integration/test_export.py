@@ -1,4 +1,4 @@
-"""Whole models that nobody here wrote, exported: ONNX Runtime and torch.export compute what they compute."""
+"""Exports of complete models from transformers: ONNX Runtime and torch.export compute the same outputs."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 
 def trained(name, bits):
-    """A model after five steps with frozen weights, and what its forward takes without labels."""
+    """Return a model after five training steps, with freezing at 4 bits, and its inputs without labels."""
     module = Wrapped(name)
     data = DataLoader(Rows(module.examples), batch_size=4)
     callbacks = [
@@ -35,9 +35,9 @@ def trained(name, bits):
 
 
 def assert_equal(y, expected, name):
-    """Nearly all values equal to rounding errors of sums; few are off, by an integer that was at a tie."""
+    """Check that nearly all values agree up to rounding errors of sums; a few may differ by an integer at a tie."""
     error = (y - expected).abs() / expected.abs().max()
-    if name == "mobilenet_v2":  # such an integer reaches every output
+    if name == "mobilenet_v2":  # such an integer affects every output
         assert error.max() < 0.1
     else:
         assert (error > 1e-5).float().mean() <= 0.05

@@ -1,4 +1,4 @@
-"""Errors, signals and full disks at every point of a run: nothing stays changed, and the last checkpoint resumes."""
+"""Errors, signals and full disks at every point of a run: state is restored, and the last checkpoint resumes."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ pytestmark = [
 
 
 class Fragile(ConvModule):
-    """Breaks once, in the second call of some phase. It has a buffer, a metric, dropout and one optimizer for life."""
+    """Raises once, in the second call of a phase. Has a buffer, a metric, dropout and one optimizer for all fits."""
 
     def __init__(self, where=None, error=RuntimeError):
         super().__init__(lr=0.3, dropout=0.2)
@@ -85,7 +85,7 @@ def forward_fn(module, batch):
 
 
 def picture(trainer, module, generator=None):
-    """All that a pass may touch."""
+    """Copy everything that a pass may touch."""
     return {
         "modes": [m.training for m in module.modules()],
         "buffers": [b.clone() for b in module.buffers()],
@@ -107,7 +107,7 @@ def same(a, b):
 
 
 class BeforeAndAfter(L.Callback):
-    """First in the list: takes a picture before each pass, and compares where an error leads out of it."""
+    """First callback in the list: copies the state before each pass, and compares it after an error in the pass."""
 
     def __init__(self, generator):
         self.generator, self.before, self.compared = generator, None, 0
@@ -135,7 +135,7 @@ def assert_nothing_hangs_on(module, t):
 
 
 def assert_goes_on(module, same_callbacks):
-    """The module computes, and fits again: with the callbacks that were interrupted, and with new ones."""
+    """Check that the module computes and can be fitted again, with the interrupted callbacks and with new ones."""
     with torch.no_grad():
         assert module.eval()(dataset().tensors[0]).isfinite().all()
     module.train()
@@ -227,12 +227,12 @@ def unbroken():
 
 
 def at_the_end(path):
-    """A checkpoint when the run is interrupted, and no other."""
+    """Return a callback that saves a checkpoint only when the run is interrupted."""
     return ModelCheckpoint(path, filename="stop", save_on_exception=True, every_n_epochs=100)
 
 
 class Sigterm(L.Callback):
-    """The process is told to end, at some point of the run."""
+    """Sends SIGTERM to the process at a given point of the run."""
 
     def __init__(self, hook, step):
         self.step, self.sent = step, False
@@ -247,7 +247,7 @@ class Sigterm(L.Callback):
 @pytest.mark.parametrize(
     ("hook", "step"),
     [
-        ("on_train_start", 0),  # in calibration, as it were: the handler only takes note
+        ("on_train_start", 0),  # equivalent to a signal in calibration: the handler only sets a flag
         ("on_train_batch_start", 5),
         ("on_before_optimizer_step", 12),
         ("on_train_batch_end", 19),
@@ -297,7 +297,7 @@ def test_sigterm_from_outside(unbroken, tmp_path):
 
 
 class FullDisk(TorchCheckpointIO):
-    """After some checkpoints there is no room: half of a file is written, and the rest is an error."""
+    """Runs out of space after ``room`` checkpoints: writes a partial file and raises."""
 
     def __init__(self, room):
         self.room = room

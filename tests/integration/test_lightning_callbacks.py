@@ -1,4 +1,4 @@
-"""Lightning's own callbacks, each beside all five of ours."""
+"""Lightning's own callbacks, each together with all five of ours."""
 
 import copy
 import csv
@@ -48,7 +48,7 @@ from lightning_qat_osc import (
 )
 
 pytestmark = [
-    # of the short runs here: a high momentum, so that something freezes
+    # the short runs here use a high momentum, so that something freezes
     pytest.mark.filterwarnings("ignore:.*below twice the momentum.*"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*"),
 ]
@@ -117,7 +117,7 @@ def test_training_stops_early_at_an_oscillation_figure():
 
 
 class Averages(L.Callback):
-    """Averages the parameters by itself, and looks at the frozen integers wherever averaged weights may be in place."""
+    """Averages the parameters independently, and checks frozen integers wherever averaged weights may be in place."""
 
     def __init__(self, decay):
         self.decay, self.average, self.looks = decay, None, []
@@ -132,7 +132,7 @@ class Averages(L.Callback):
     def look(self, pl_module):
         states = oscillation_states(pl_module)
         layers = dict(pl_module.named_modules())
-        held = [  # at s z to the bit, which a mean over the time before and after freezing is not
+        held = [  # exactly s z, which a mean of values before and after freezing is not
             (layers[name].weight == layers[name].weight_quantizer.scale * s.weight_int)[s.frozen]
             for name, s in states.items()
         ]
@@ -147,7 +147,7 @@ def test_averaged_weights_are_those_of_the_mean_and_keep_frozen_integers():
     module, averages = ConvModule(lr=1.0), Averages(0.8)
     averaging = lightning_callbacks.WeightAveraging(avg_fn=get_ema_avg_fn(0.8))
     tracking, dampening, _, batch_norm = others()
-    freezing = IterativeFreezing(threshold=0.1)  # at the second oscillation: many, and in mid-epoch
+    freezing = IterativeFreezing(threshold=0.1)  # freezes many weights in mid-epoch, at the second oscillation
     trainer([qat(), averaging, tracking, dampening, freezing, batch_norm, averages], max_epochs=8).fit(module, Data())
     averages.look(module)
     assert all(held for _, held in averages.looks)
@@ -191,7 +191,7 @@ def test_a_copy_of_the_model_made_before_the_quantizers_is_refused(name, argumen
     with pytest.raises(MisconfigurationException, match=f"QuantizationAwareTraining must come before {name}"):
         t.fit(module, Data())
     assert t.global_step == 0
-    assert_same(before, module.state_dict())  # nothing inserted either
+    assert_same(before, module.state_dict())  # no quantizers were inserted
 
 
 @pytest.mark.parametrize("last", [IterativeFreezing, BatchNormReestimation])
@@ -219,7 +219,7 @@ class EpochStarts(L.Callback):
         self.parameters.append({n: p.detach().double().clone() for n, p in pl_module.named_parameters()})
 
 
-# swa averages once an epoch, from the second on; the last epoch only re-estimates batch norm, without steps
+# SWA averages at the start of each epoch from the second on; its extra epoch only re-estimates batch norm
 @pytest.mark.filterwarnings("ignore:.*SWA is currently only supported every epoch.*")
 @pytest.mark.filterwarnings("ignore:.*`lr_scheduler.step.*` before `optimizer.step.*")
 def test_stochastic_weight_averaging_ends_with_the_mean_of_its_epochs():
@@ -227,7 +227,7 @@ def test_stochastic_weight_averaging_ends_with_the_mean_of_its_epochs():
     averaging = StochasticWeightAveraging(swa_lrs=0.3, swa_epoch_start=2, annealing_epochs=1)
     t = trainer([qat(), starts, averaging, *others()], max_epochs=4)
     t.fit(module, Data())
-    assert t.global_step == 4 * 8 + 1  # Lightning closes its extra epoch with a step without gradients
+    assert t.global_step == 4 * 8 + 1  # Lightning ends the extra epoch with a step without gradients
     states = oscillation_states(module)
     frozen = {f"{name}.weight": s.frozen for name, s in states.items()}
     assert any(bool(f.any()) for f in frozen.values())
@@ -297,7 +297,7 @@ class WithBackbone(L.LightningModule):
 
 
 class FromEpoch(BaseFinetuning):
-    """Trains the backbone from some epoch on, also in a run that resumes after it."""
+    """Makes the backbone trainable from the given epoch on, also in a run that resumes after it."""
 
     def __init__(self, epoch, by_hand=False, train_bn=True):
         super().__init__()
@@ -317,7 +317,7 @@ class FromEpoch(BaseFinetuning):
 
 
 class Steps(L.Callback):
-    """Keeps the backbone after each step, and makes sure that no optimizer has a parameter twice."""
+    """Records the backbone after each step, and checks that no optimizer has a parameter twice."""
 
     def __init__(self):
         self.weights, self.scales, self.integers, self.stripped = [], [], [], []
@@ -334,7 +334,7 @@ class Steps(L.Callback):
         self.record(pl_module)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        # what the user's optimizer is about to move
+        # the user's optimizer must not see gradients of scales
         scales = [p for n, p in pl_module.named_parameters() if n.endswith("quantizer.scale")]
         self.stripped.append(all(p.grad is None for p in scales))
 
@@ -345,7 +345,7 @@ class Steps(L.Callback):
         self.record(pl_module)
 
 
-# Lightning's, of batch norm that trains from the start
+# Lightning's warning about batch norm that trains from the start
 @pytest.mark.filterwarnings("ignore:.*already exist within another group of this optimizer.*")
 @pytest.mark.parametrize("kind", ["BackboneFinetuning", "BaseFinetuning", "by hand"])
 def test_a_frozen_backbone_is_quantized_and_tracked_from_its_first_step_on(kind):
@@ -391,7 +391,7 @@ def test_backbone_weights_freeze_and_are_dampened_once_they_train():
     plain, dampened = fit(), fit(OscillationDampening(final_weight=1.0, anneal_start=0.0))
     frozen = fit(IterativeFreezing(threshold=0.12, final_threshold=0.05))
 
-    def distance(module):  # of the latent weights from the grid
+    def distance(module):  # mean distance of the latent weights from the grid
         layer = module.backbone[3]
         v = (layer.weight / layer.weight_quantizer.scale).detach().clamp(-2, 1)
         return (v - v.round()).abs().mean()
@@ -428,7 +428,7 @@ def test_weights_that_their_owner_holds_fixed_stay_so_while_their_scales_learn()
             scales.append(pl_module.point.weight_quantizer.scale.item())
 
     callbacks = all_callbacks()
-    callbacks[0] = QuantizationAwareTraining(2, 3, first_last_bits=None, scale_learning_rate=0.3)  # integers jump
+    callbacks[0] = QuantizationAwareTraining(2, 3, first_last_bits=None, scale_learning_rate=0.3)  # integers change
     trainer([*callbacks, Look()], max_epochs=6).fit(module, Data())
     assert torch.equal(module.point.weight, before)
     assert len(set(scales)) == len(scales)
@@ -456,13 +456,13 @@ def test_schedules_end_with_the_run_under_scheduled_accumulation(tmp_path, sched
     assert t.global_step == steps
     with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["oscillation/dampening_weight"]]
-    # half a cosine from a quarter of the steps on, of which the last is the one before their number
+    # half a cosine that begins after a quarter of the steps; the last step has the index steps - 1
     expected = 1e-2 * 0.5 * (1 - math.cos(math.pi * (steps - 1 - steps / 4) / (steps - steps / 4)))
     assert float(rows[-1]["oscillation/dampening_weight"]) == pytest.approx(expected)
 
 
 class Searched(ConvModule):
-    """With the attributes that Lightning's searches look for, and what they read data from."""
+    """Has the attributes that Lightning's finders look for, and its own data loaders."""
 
     def __init__(self):
         super().__init__(lr=0.1)
@@ -479,7 +479,7 @@ class Searched(ConvModule):
 
 
 class Begin(L.Callback):
-    """What the first training step finds."""
+    """Records the state before the first training step."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 0:
@@ -499,7 +499,7 @@ def searched(finder, tmp_path, **kwargs):
 
 
 class InEpoch(LearningRateFinder):
-    """As Lightning's documentation suggests for searches of one's own; here it finds ranges in place."""
+    """Searches in the first epoch, as in Lightning's example of a custom finder, when ranges are already calibrated."""
 
     def on_fit_start(self, *args):
         pass
@@ -572,7 +572,7 @@ def test_the_summary_counts_each_parameter_once(depth, capsys, caplog):
         trainer([*all_callbacks(), ModelSummary(depth)], max_steps=1, limit_val_batches=0).fit(module, Data())
     summary = summarize(module, max_depth=depth)
     assert summary.total_parameters == weights + 4 * 2  # a scale for each weight and each input
-    assert summary.trainable_parameters == weights  # scales are held where nobody trains them
+    assert summary.trainable_parameters == weights  # after fit, scales have requires_grad=False
     by_name = dict(zip(summary.layer_names, zip(summary.layer_types, summary.param_nums)))
     assert by_name["stem"] == ("QuantizedConv2d", 4 * 9 + 2)
     assert by_name["head"] == ("QuantizedLinear", 8 * 3 + 3 + 2)
@@ -641,12 +641,12 @@ class CrashInEpoch(L.Callback):
             raise KeyboardInterrupt
 
 
-# Lightning's own, whenever this callback is in the list
+# Lightning's own warnings, whenever this callback is in the list
 @pytest.mark.filterwarnings("ignore:.*was called without a model. The last model.*")
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available.*")
 @pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
 def test_a_run_resumes_from_the_checkpoint_of_its_exception(tmp_path):
-    same = TensorDataset(*(t.repeat(8, *[1] * (t.dim() - 1)) for t in dataset(8).tensors))  # whatever their order
+    same = TensorDataset(*(t.repeat(8, *[1] * (t.dim() - 1)) for t in dataset(8).tensors))  # every batch is the same
 
     def fit(*extra):
         torch.manual_seed(5)
@@ -660,4 +660,4 @@ def test_a_run_resumes_from_the_checkpoint_of_its_exception(tmp_path):
     with pytest.raises(SystemExit):
         fit(OnExceptionCheckpoint(tmp_path), CrashInEpoch())
     assert (tmp_path / "on_exception.ckpt").exists()
-    assert_same(snapshot(unbroken), snapshot(fit(OnExceptionCheckpoint(tmp_path))))  # which finds it by itself
+    assert_same(snapshot(unbroken), snapshot(fit(OnExceptionCheckpoint(tmp_path))))  # resumes automatically

@@ -1,4 +1,4 @@
-"""Every callback at once under the ways in which Lightning and torch take a step."""
+"""All callbacks together, under each way in which Lightning and torch take an optimizer step."""
 
 import csv
 
@@ -31,7 +31,7 @@ from lightning_qat_osc.lookup import quantized_layers, quantized_weights, quanti
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*below twice the momentum.*"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*"),
-    # torch's own: SequentialLR gives its schedulers an epoch
+    # torch's own warning: SequentialLR passes an epoch to its schedulers
     pytest.mark.filterwarnings("ignore:.*The epoch parameter in `scheduler.step.*"),
 ]
 
@@ -93,7 +93,7 @@ def test_clipping_cuts_the_weights_gradients_and_not_the_scales(algorithm):
     for steps, arguments in ((free, {}), (clipped, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm})):
         torch.manual_seed(4)
         trainer([*all_callbacks(), steps], max_epochs=1, **arguments).fit(ConvModule(), Data())
-    assert len(clipped.gradients) == 10  # of the weights, biases and batch norm; of no scale
+    assert len(clipped.gradients) == 10  # of weights, biases and batch norm, but not of scales
 
     def largest(gradients):
         sizes = torch.stack([g.norm() if algorithm == "norm" else g.abs().max() for g in gradients])
@@ -109,7 +109,7 @@ def run_network(module, batch):
 
 
 class AnyManual(Manual):
-    """Manual optimization with Lightning's wrapper around the optimizer or without, and with a closure or without."""
+    """Manual optimization, with or without Lightning's optimizer wrapper, and with or without a closure."""
 
     def __init__(self, wrapped=True, closure=False, weight_decay=0.0):
         super().__init__()
@@ -241,11 +241,11 @@ def test_each_weight_is_followed_at_the_steps_of_the_optimizer_that_owns_it(argu
     assert taken == [72 // arguments.get("generator_every", 1), 72 * arguments.get("critic_steps", 1)]
     networks = {(optimizer, name.split(".")[0]) for optimizer, _, latent, _ in record.steps for name in latent}
     assert networks == {(0, "generator"), (1, "critic")}
-    # annealed by batches, whichever optimizer steps how often
+    # the threshold is annealed by batches, however often each optimizer steps
     assert_states_are_those_of_slow_loops(module, record, lambda step, batch: freezing_threshold(batch, 72))
     assert frozen_weights(module) > 2
     assert_frozen_weights_lie_on_the_grid(module)
-    # a scale moves with the optimizer of its weight and at no other step
+    # a scale moves only in the steps of the optimizer of its weight
     belongs = torch.tensor([0] * 4 + [1] * 4)
     moved = [torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)]
     for (_, _, _, before), (optimizer, _, _, after) in zip(record.steps, record.steps[1:]):
@@ -284,7 +284,7 @@ def test_schedules_end_with_a_manual_run_whatever_ends_it(ends, length, tmp_path
     t.fit(Gan(), loader())
     lambdas = [float(value) for row in read_csv(logger) if (value := row["oscillation/dampening_weight"])]
     assert len(lambdas) == length
-    # the generator's step is the last of a batch, and the second of its two where steps are counted
+    # logged at the generator's step: the last of each batch, and the second of its two if max_steps ends the run
     assert lambdas == pytest.approx([annealed(0.0, DAMPENING, b + (length == 20) / 2, length) for b in range(length)])
 
 
@@ -295,7 +295,7 @@ def test_a_resumed_gan_ends_with_the_same_bits(tmp_path):
                 trainer.save_checkpoint(tmp_path / "stop.ckpt")
                 raise KeyboardInterrupt
 
-    class Seed(L.Callback):  # the noise of each batch
+    class Seed(L.Callback):  # gives each batch the same noise in every run
         def on_train_batch_start(self, trainer, pl_module, *args):
             torch.manual_seed(trainer.fit_loop.total_batch_idx)
 
@@ -415,7 +415,7 @@ def test_scales_follow_any_schedule_and_resume_on_it(scheduler, tmp_path):
     resumed, later = run(ckpt_path=tmp_path / "stop.ckpt")
     assert len(later.users) == 13
     assert later.scales == pytest.approx([0.01 * user / peak for user in later.users])
-    if scheduler != "plateau":  # of which Lightning forgets the interrupted epoch, with our callbacks or without
+    if scheduler != "plateau":  # which Lightning does not step in the resumed epoch, even without our callbacks
         assert later.users == rates.users[19:]
         assert_same(module, resumed)
 
@@ -482,15 +482,15 @@ def test_the_users_optimizer_never_touches_a_scale(optimizer):
     owned = {id(p) for p in t.optimizers[0].param_groups[0]["params"]}
     for scale in scale_parameters(module):
         assert id(scale) in owned
-        # Adagrad makes its states, of zeros, as it is built
+        # Adagrad creates its states, all zeros, in its constructor
         assert not any(torch.as_tensor(value).any() for value in t.optimizers[0].state[scale].values())
 
 
 class TwoOptimizers(ConvModule):
-    """Manual optimization by two optimizers, between which parameters are split; with names, as torch also takes them.
+    """Manual optimization with two optimizers, each of which gets a part of the named parameters.
 
-    ``shapes``: matrices here and vectors there, scales among them. ``computed``: a layer whose weight is computed from
-    other parameters has the second to itself.
+    ``shapes``: the first gets all matrices, the second all vectors, including the scales. ``computed``: the second gets
+    only the parameters from which the weight of the layer ``point`` is computed.
     """
 
     def __init__(self, split, order):
@@ -562,7 +562,7 @@ def test_hooks_are_gone_after_fit_and_a_second_fit_takes_its_steps_once():
         record = Record()
         trainer([callbacks[0], record, *callbacks[1:]], max_epochs=1).fit(module, Data())
         assert not module.optimizer._optimizer_step_pre_hooks
-        assert len(module.optimizer._optimizer_step_post_hooks) == 2  # the record's
+        assert len(module.optimizer._optimizer_step_post_hooks) == 2  # those of Record
         module.optimizer._optimizer_step_post_hooks.clear()
         assert len(record.steps) == 8
     assert all(q.scale_grad is None for q in quantizers(module))

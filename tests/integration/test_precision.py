@@ -1,4 +1,4 @@
-"""Every callback at once under each precision, with and without a gradient scaler."""
+"""All callbacks together under each precision, with and without a gradient scaler."""
 
 import copy
 from itertools import islice
@@ -36,7 +36,7 @@ from lightning_qat_osc.oscillation import pass_on_gradient
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*below twice the momentum.*"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*"),
-    # a step that the scaler skips is one that the learning-rate scheduler has not seen
+    # a learning-rate scheduler does not see a step that the scaler skips, and warns
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before.*optimizer.step.*"),
 ]
 
@@ -45,7 +45,7 @@ PRECISIONS = ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-t
 
 
 def precision(name, init_scale=2.0**8, growth_interval=1000):
-    """Arguments of the Trainer. It allows fp16 AMP on GPUs only; its plugin runs on the CPU as well."""
+    """Return arguments for the Trainer, which allows fp16 AMP only on GPUs, but whose plugin also runs on the CPU."""
     if name != "16-mixed":
         return {"precision": name}
     scaler = GradScaler("cpu", init_scale=init_scale, growth_interval=growth_interval)
@@ -53,7 +53,7 @@ def precision(name, init_scale=2.0**8, growth_interval=1000):
 
 
 def network(name):
-    # Lightning loads a checkpoint before it makes the module a double one
+    # Lightning loads a checkpoint before it converts the module to double
     return ConvModule(lr=0.3).double() if name == "64-true" else ConvModule(lr=0.3)
 
 
@@ -102,7 +102,7 @@ def test_a_resumed_run_ends_with_the_same_bits_in_every_precision(name, tmp_path
 
 
 class InfAt(L.Callback):
-    """Puts an inf into a gradient at some step, and copies everything that is not to change, before and after each."""
+    """Puts an inf into a gradient at one step, and copies before and after each step what a skip must not change."""
 
     def __init__(self, qat, parameter, step):
         self.qat, self.parameter, self.step = qat, parameter, step
@@ -187,7 +187,7 @@ def test_a_gradient_scaler_of_the_modules_own(clip):
     record, gradients = Record(), []
 
     class Gradients(L.Callback):
-        def on_train_start(self, trainer, pl_module):  # behind the hook that takes the gradients
+        def on_train_start(self, trainer, pl_module):  # after the hook that takes the gradients
             trainer.optimizers[0].register_step_pre_hook(
                 lambda *args: gradients.append(pl_module.head.weight_quantizer.scale_grad.abs().item())
             )
@@ -200,7 +200,7 @@ def test_a_gradient_scaler_of_the_modules_own(clip):
     assert_states_are_those_of_slow_loops(module, record, lambda step, batch: freezing_threshold(batch, STEPS))
     assert frozen_weights(module) > 0
     assert len(gradients) == len(record.steps)
-    assert max(gradients) < 100  # thousands with the loss scale
+    assert max(gradients) < 100  # they would be thousands with the loss scale
 
 
 class ScaleGradients(L.Callback):
@@ -215,7 +215,7 @@ class ScaleGradients(L.Callback):
 
 
 def fine_run(name, **kwargs):
-    """A few steps of which none flips an integer, so that runs in other precisions stay near."""
+    """Train a few steps, none of which changes an integer, so that runs in other precisions stay close."""
     look = ScaleGradients()
     torch.manual_seed(11)
     module = ConvModule(lr=1e-4)
@@ -228,10 +228,10 @@ def fine_run(name, **kwargs):
 def test_scales_learn_from_gradients_without_the_loss_scale(scaler):
     full, mixed = fine_run("32-true"), fine_run("16-mixed", **scaler)
     assert len(mixed.gradients) == 8
-    # Adam hides a constant factor, so the gradients themselves
+    # compare the gradients themselves, because Adam hides a constant factor
     for a, b in zip(mixed.gradients, full.gradients):
         assert (a - b).norm() < 0.02 * b.norm()
-    assert ((full.scales[-1] / full.scales[0] - 1).abs() > 1e-4).all()  # they moved by more than they may differ
+    assert ((full.scales[-1] / full.scales[0] - 1).abs() > 1e-4).all()  # they moved by more than the tolerance below
     for a, b in zip(mixed.scales, full.scales):
         assert torch.allclose(a, b, rtol=3e-5, atol=0)
 
@@ -297,7 +297,7 @@ def test_reestimated_statistics_are_those_of_double_precision_to_a_rounding(name
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(
     ("dtype", "smallest", "largest"),
-    # in half precision scale times integer has to lie between the subnormals' spacing and the largest number
+    # in half precision, scale times integer must lie between the spacing of subnormals and the largest number
     [(torch.bfloat16, 1e-30, 1e30), (torch.float16, 1e-6, 500.0), (torch.float32, 1e-30, 1e30)],
 )
 def test_every_integer_survives_as_a_frozen_latent_weight(bits, dtype, smallest, largest):
@@ -311,7 +311,7 @@ def test_every_integer_survives_as_a_frozen_latent_weight(bits, dtype, smallest,
     state.hold_frozen(w, s)
     assert w.dtype == dtype
     assert torch.equal((w.double() / s.double()).round().clamp(n, p), z.double())
-    assert torch.equal(torch.clamp(torch.round(w / s), n, p), z.float())  # as a forward in that precision sees it
+    assert torch.equal(torch.clamp(torch.round(w / s), n, p), z.float())  # as in a forward pass in that precision
 
 
 def test_what_frozen_weights_owe_their_scale_is_summed_in_its_precision():

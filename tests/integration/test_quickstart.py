@@ -1,4 +1,4 @@
-"""The program that README sends people to."""
+"""The quickstart program that the README links to."""
 
 import os
 import subprocess

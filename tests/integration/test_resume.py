@@ -1,4 +1,4 @@
-"""A run that stops and resumes ends with the bits of one that was never stopped."""
+"""A run that is stopped and resumed ends with the same bits as a run that was never stopped."""
 
 import lightning as L
 import pytest
@@ -27,7 +27,7 @@ def fit(path=None, ckpt_path=None, max_epochs=4, **kwargs):
 
 
 def stop_at(path, step):
-    """Train as if for the whole run, and be stopped by an error after some step, right behind its checkpoint."""
+    """Start a run of full length, save a checkpoint after the given step, and stop with an error right after it."""
 
     class Crash(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):

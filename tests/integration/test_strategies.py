@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def run(folder, *arguments):
-    """The reports of all ranks, and what was printed."""
+    """Return the reports of all ranks, and what was printed to stderr."""
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(folder), *map(str, arguments)]
@@ -35,7 +35,7 @@ def run(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One run of each strategy, made when it is asked for."""
+    """Run the script once for each set of arguments, when a test first asks for it."""
     folder, made = tmp_path_factory.mktemp("runs"), {}
 
     def get(*arguments):
@@ -64,7 +64,7 @@ def test_both_ranks_have_the_same_of_everything(runs, strategy, compiled, granul
     assert first["frozen"] > 0
     assert first["logged"]["oscillation/frozen"] == pytest.approx(first["frozen"] / first["all"])
     assert first["logged"]["oscillation/frequency"] == pytest.approx(sum(first["frequency"].values()) / first["all"])
-    # each rank keeps the history of the weights that it keeps
+    # each rank stores the histories of the weights that it stores
     assert sum(here) == (first["all"] if strategy == "fsdp2" else 2 * first["all"])
     assert strategy == "ddp" or max(here) < 0.8 * first["all"]
 
@@ -87,7 +87,7 @@ def test_sharded_is_as_replicated(runs):
     for key in ("scales", "bn"):
         for ours, theirs in zip(ddp[key], fsdp2[key]):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-    # of which each rank of the one knows all, and each rank of the other its part
+    # a DDP rank computes these figures from all weights, an FSDP2 rank starts from its part
     figures = [{k: v for k, v in run["logged"].items() if k.startswith("oscillation/")} for run in (ddp, fsdp2)]
     assert "oscillation/dampening_loss" in figures[0]
     assert figures[1] == pytest.approx(figures[0], rel=1e-3)
@@ -99,7 +99,7 @@ def test_compiled_is_as_eager(runs, strategy, how):
     options = ("--strategy", strategy, "--granularity", "per_tensor")
     (eager, _), _ = runs(*options)
     (compiled, _), _ = runs(*options, how)
-    # a pair of large tensors each way at least, and under DDP the two halves of the sweep
+    # at least one kernel each for forward and backward and, under DDP, for the two halves of the sweep
     assert eager["kernels"] == 0
     assert compiled["kernels"] >= (0 if how == "--compile" else 4 if strategy == "ddp" else 2)
     for key in ("scales", "bn"):
@@ -111,19 +111,19 @@ def test_compiled_is_as_eager(runs, strategy, how):
 
 
 def test_reestimated_statistics_are_those_of_one_process_on_all_the_batches(runs):
-    # nothing is trained, so that both estimate them for one network
+    # nothing is trained, so both runs estimate statistics of the same network
     options = ("--lr", "0", "--scale-lr", "0", "--epochs", "1")
     (one,), _ = runs("--strategy", "one", *options)
     (first, _), _ = runs("--strategy", "ddp", *options)
     mean, variance, *deeper = first["bn"]
     assert mean == pytest.approx(one["bn"][0], rel=1e-5)
     assert variance == pytest.approx(one["bn"][1], rel=1e-5)
-    for ours, theirs in zip(deeper, one["bn"][2:]):  # behind activations whose ranges are those of one process to 1e-3
+    for ours, theirs in zip(deeper, one["bn"][2:]):  # after activations whose ranges agree only to 1e-3
         assert ours == pytest.approx(theirs, abs=5e-3)
 
 
 def test_ranges_are_those_of_one_process_on_all_the_batches(runs):
-    # both saw the same 64 images before the first step: in halves on two ranks, or whole
+    # both calibrated on the same 64 images: all on one rank, or half on each of two
     (one,), _ = runs("--strategy", "one")
     for strategy in ("ddp", "fsdp2"):
         (first, _), _ = runs("--strategy", strategy, "--granularity", "per_tensor")
@@ -131,7 +131,7 @@ def test_ranges_are_those_of_one_process_on_all_the_batches(runs):
 
 
 def test_half_batches_on_two_ranks_are_whole_ones_on_one(runs):
-    # in 64 bits, where rounding makes no difference to which integer a weight has
+    # in 64 bits, so that rounding errors do not change the integer of a weight
     options = ("--no-batch-norm", "--precision", "64-true", "--lr", "0.1")
     (one,), _ = runs("--strategy", "one", *options)
     (first, _), _ = runs("--strategy", "ddp", *options)
@@ -143,8 +143,8 @@ def test_half_batches_on_two_ranks_are_whole_ones_on_one(runs):
 
 
 def test_oscillation_state_is_never_broadcast(runs):
-    # before each forward pass DDP sends batch norm's buffers (2 layers of 4 channels, and counts of 8 bytes), the
-    # grids of 8 quantizers (5 floats each), and nothing of the 11 bytes of each of 140 weights
+    # before each forward pass, DDP broadcasts batch norm's buffers (2 layers of 4 channels, and counts of 8 bytes) and
+    # the grids of 8 quantizers (5 floats each), but not the histories of the 140 weights (11 bytes each)
     (first, _), _ = runs("--strategy", "ddp", "--granularity", "per_tensor")
     assert len(first["sent"]) >= 4 * 8
     assert set(first["sent"]) == {2 * (2 * 4 * 4 + 8) + 8 * 5 * 4}
@@ -197,7 +197,7 @@ def process_group_of_its_own():
 
 def test_flat_parameters_are_refused(process_group_of_its_own):
     class OnCPU(FSDPStrategy):
-        """Lightning and torch refuse FSDPStrategy itself on a CPU, later."""
+        """Gets past Lightning's check, which refuses FSDPStrategy itself on a CPU."""
 
     t = trainer([QuantizationAwareTraining()], strategy=OnCPU(process_group_backend="gloo"))
     with pytest.raises(MisconfigurationException, match="OnCPU stores weights in flat .*use ModelParallelStrategy"):
@@ -213,7 +213,7 @@ def test_sixteen_bits_beside_scales_of_32_are_refused(precision):
 
 
 class Distilled(ConvModule):
-    """A student beside a teacher that is only asked."""
+    """A student, and a teacher that runs only without gradients."""
 
     def __init__(self):
         super().__init__()
@@ -243,7 +243,7 @@ def test_a_teacher_is_told_of(process_group_of_its_own):
 def test_deepspeed_is_refused():
     class Deep(DeepSpeedStrategy):
         def __init__(self):
-            """Without deepspeed, which is not installed here."""
+            """Skip the parent's ``__init__``, which needs deepspeed to be installed."""
 
     module = ConvModule()
     with pytest.raises(MisconfigurationException, match="Deep stores weights in flat .*use ModelParallelStrategy"):

@@ -12,7 +12,7 @@ OPTIMA = [0.95, 0.9, 0.8, 0.75, 0.6]
 DISTANCES = [0.05, 0.1, 0.2, 0.25, 0.4]
 FREQUENCIES = [0.1, 0.2, 0.4, 0.5, 0.8]
 PERIODS = [20, 10, 5, 4, 5]
-# the positive factor at the threshold
+# the value of each positive factor at the threshold
 FACTORS = {"EWGS": 1 - 0.2 / 2, "PSG": 0.5 + 0.01, "DSQ": math.log(9) / 2 / 0.8}
 
 
@@ -29,7 +29,7 @@ def traces(toy):
 
 
 def per_learning_rate(values):
-    """The same five values for each of the three learning rates."""
+    """Expect the same five values for each of the three learning rates."""
     return [pytest.approx(values, rel=0, abs=1e-12)] * 3
 
 
@@ -49,7 +49,7 @@ def test_ste_reverses_2d_times_a_step_at_any_learning_rate(toy, traces):
     trace = traces["STE"].between(toy.TRANSIENT)
     reversals = [round(f * toy.WINDOW) for f in FREQUENCIES]
     assert trace.changes.tolist() == [reversals] * 3
-    # a change between two integers reverses the one before: changes are reversals
+    # with only two integers, each change reverses the previous one
     assert trace.weight_int.unique().tolist() == [0, 1]
     # never two steps in a row at 0
     assert (trace.weight_int[1:] + trace.weight_int[:-1]).min() == 1
@@ -58,7 +58,7 @@ def test_ste_reverses_2d_times_a_step_at_any_learning_rate(toy, traces):
 def test_tracked_frequency_converges_to_2d(toy, traces):
     frequency = traces["STE"].between(toy.TRANSIENT).frequency.double()
     assert frequency.mean(0).tolist() == [pytest.approx(FREQUENCIES, rel=1e-4)] * 3
-    # an exponential moving average follows every event by the momentum
+    # each event moves an exponential moving average by at most the momentum
     assert (frequency - torch.tensor(FREQUENCIES)).abs().max() < toy.MOMENTUM
 
 
@@ -74,9 +74,9 @@ def test_a_positive_factor_leaves_the_frequency_and_changes_the_band(toy, traces
     trace = traces[name].between(toy.TRANSIENT)
     expected = toy.WINDOW * torch.tensor(FREQUENCIES)
     rates = toy.LEARNING_RATES
-    # at most one cycle more or less in the window, and half the learning rate
+    # off by at most one cycle (two changes) in the window, plus half the learning rate as a relative error
     assert ((trace.changes - expected).abs() <= 2 + rates / 2 * expected).all()
-    # the band is as wide as lr times the factor, less a gap where the orbit closes, and the factor varies over it
+    # the band is lr times the factor wide, minus a gap if the orbit is periodic; the factor varies over the band
     band = trace.band / rates / FACTORS[name]
     assert (band <= 1 + rates).all()
     assert (band >= (1 - 1 / torch.tensor(PERIODS)) * (1 - rates)).all()
@@ -114,7 +114,7 @@ def test_freezing_ends_the_oscillation_at_the_nearest_grid_point(toy, traces):
     assert before.change_rate.tolist() == per_learning_rate(FREQUENCIES)
     assert not before.frozen.any()
     assert after.frozen.all()
-    # the step that freezes may move the integer
+    # the step that freezes a weight may still change its integer
     assert after.changed[1:].sum() == 0
     assert (after.weight_int == 1).all()
     assert (after.latent == 1).all()
@@ -131,7 +131,7 @@ def test_only_weights_above_the_threshold_freeze(toy):
 def test_a_moving_average_that_remembers_its_start_freezes_at_the_wrong_integer(toy):
     trace = toy.simulate(freeze_threshold=toy.FREEZE_THRESHOLD, freeze_from=0, steps=200)
     assert trace.frozen[-1].all()
-    # f passes the threshold while the average has come less than halfway from 0; for .95 the two are about even
+    # the frequency passes the threshold before the average is halfway from 0 to 1; for .95 the two nearly coincide
     assert trace.weight_int[-1, 1:].tolist() == [0] * 4
 
 
@@ -142,7 +142,7 @@ def test_tables_and_picture(toy, traces, tmp_path, monkeypatch, capsys):
     toy.main()
     printed = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
-    # five tables with two lines of heading, of five optima, and of four estimators times five
+    # five tables with two heading lines each: four with a row per optimum, one with four estimators times five optima
     assert len(lines) == 5 * 2 + 4 * 5 + 20
     assert lines[2] == ["0.9500", *["0.1000"] * 7]
     assert (tmp_path / "toy" / "toy_regression.png").stat().st_size > 10_000

@@ -24,7 +24,7 @@ from lightning_qat_osc import (
     oscillation_states,
 )
 
-# of the short runs here: a high momentum, so that something freezes
+# the short runs here use a high momentum, so that something freezes
 pytestmark = pytest.mark.filterwarnings("ignore:.*below twice the momentum.*")
 
 
@@ -37,7 +37,7 @@ def fit(module=None, *data, extra=(), **kwargs):
 
 
 class Integers(L.Callback):
-    """The integers of every weight, computed by itself, before the first step and after each."""
+    """Records the integers of every weight, computed independently, before the first step and after each."""
 
     def __init__(self):
         self.history = []
@@ -60,13 +60,13 @@ class Integers(L.Callback):
 
 
 def assert_followed(module, history):
-    """The states are those of the slow loop over the integers, one step for each of the optimizer."""
+    """Check the states against the slow loop over the integers, with one step of the loop per optimizer step."""
     for name, state in oscillation_states(module).items():
         loops = [WeightLoop(int(z), 0.1) for z in history[0][name]]
         for step in history[1:]:
             for loop, z in zip(loops, step[name]):
                 loop.step(int(z))
-        free = (~state.frozen.flatten()).tolist()  # the loops have no schedule of a threshold
+        free = (~state.frozen.flatten()).tolist()  # the loops do not freeze
         mine, theirs = state.frequency.flatten().tolist(), [loop.frequency for loop in loops]
         assert [f for f, keep in zip(mine, free) if keep] == pytest.approx(
             [f for f, keep in zip(theirs, free) if keep], abs=1e-6
@@ -117,7 +117,7 @@ def test_options(options, steps, validations):
     assert count.validations == validations
     assert_followed(module, integers.history)
     assert set(oscillation_states(module)) == {"stem", "depthwise", "point", "head"}
-    # batch norm was estimated at the end of fit, whatever came before
+    # batch norm was re-estimated at the end of fit, under all options
     running = module.bn1.running_mean.clone()
     batches = 1 if options.get("fast_dev_run") is True else 3
     inputs = torch.cat([batch[0] for batch in list(loader())[:batches]])
@@ -183,7 +183,7 @@ def test_time_that_is_up_stops_a_run():
     assert_followed(module, integers.history)
 
 
-# Lightning's word on what barebones leaves out
+# Lightning's message about what barebones leaves out
 @pytest.mark.filterwarnings("ignore:.*Trainer\\(barebones=True\\)` started running.*")
 def test_barebones_runs_without_a_log():
     class Silent(ConvModule):
@@ -271,7 +271,7 @@ def test_persistent_workers_of_a_stream():
 
 
 class Several(ConvModule):
-    """Sums the losses over whatever loaders there are."""
+    """Sums the losses over all loaders."""
 
     def training_step(self, batch, batch_idx):
         parts = batch.values() if isinstance(batch, dict) else batch

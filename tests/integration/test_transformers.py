@@ -1,4 +1,4 @@
-"""Whole models that nobody here wrote, from transformers, as plain LightningModules: fit, evaluate, stop and resume."""
+"""Complete models from transformers, as plain LightningModules: fit, evaluate, stop and resume."""
 
 import lightning as L
 import pytest
@@ -168,7 +168,7 @@ def test_five_steps_evaluation_and_reload(name, tmp_path):
 
 @pytest.mark.parametrize("name", [f.__name__ for f in MODELS])
 def test_a_stopped_run_ends_with_the_same_bits(name, tmp_path):
-    class Seed(L.Callback):  # of dropout: a checkpoint does not hold the state of the generators
+    class Seed(L.Callback):  # for dropout: a checkpoint does not store the states of random generators
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             torch.manual_seed(trainer.global_step)
 
