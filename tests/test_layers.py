@@ -429,6 +429,8 @@ def test_parameters_outside_the_layers_are_named_once():
 def test_keyword_calls_in_any_order():
     layer, x = nn.ConvTranspose2d(2, 3, 3, stride=2), torch.randn(1, 2, 4, 4)
     calibrated(layer, {"output_size": [10, 10], "input": x})
+    assert layer.input_quantizer.active
+    assert layer.weight_quantizer.active
     assert torch.equal(layer(output_size=[10, 10], input=x), layer(x, [10, 10]))
 
     class Handing(nn.Linear):
@@ -452,9 +454,10 @@ def test_methods_of_the_layer_are_its_own():
             return self._run(x) + self._forward_with(x) + self._recurrent_forward(x)
 
     layer, x = Helps(4, 4), torch.randn(2, 4)
-    before = layer(x)
     calibrated(layer, (x,))
-    assert 0 < (layer(x) - before).abs().max() < 2
+    x_q, w_q = layer.input_quantizer(x), layer.weight_quantizer(layer.weight)
+    assert not x_q.equal(x)
+    assert torch.allclose(layer(x), 3 * F.linear(x_q, w_q, layer.bias), atol=1e-6)
 
 
 class Abstract(abc.ABC):  # noqa: B024
@@ -480,5 +483,12 @@ def test_a_class_behind_an_abstract_one(make):
     quantize_model(model, CONFIG)
     assert torch.equal(model(x), before)
     calibrated(model, (x,))
-    assert 0 < (model(x) - before).abs().max() < 1
+    plain = make()
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    with torch.no_grad():
+        for name, quantizer in layer.weight_quantizers().items():
+            getattr(plain, name).copy_(quantizer(getattr(layer, name)))
+    (quantized_input,) = (quantizer(x) for quantizer in layer.input_quantizers().values())
+    assert not quantized_input.equal(x)
+    assert torch.allclose(model(x), plain(quantized_input), atol=1e-6)
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))

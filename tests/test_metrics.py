@@ -83,12 +83,12 @@ def test_single_precision_for_devices_that_have_no_other(states):
 
 
 def test_reset(states):
-    frequency = OscillationFrequency(list(states))
-    frequency.update(states)
-    first = frequency.compute()
-    frequency.reset()
-    frequency.update(states)
-    assert frequency.compute() == first
+    frequency, used = OscillationFrequency(list(states)), OscillationFrequency(list(states))
+    used.update({name: OscillationState(state.weight_int) for name, state in states.items()})  # all 0
+    used.reset()
+    for metric in (frequency, used):
+        metric.update(states)
+    assert used.compute() == frequency.compute()
 
 
 def test_sqnr_by_hand():

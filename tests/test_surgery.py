@@ -283,8 +283,10 @@ def test_a_history_comes_to_a_module_without_memory():
         return quantize_model(nn.Sequential(nn.Linear(4, 4)), QuantConfig(3, 3))
 
     net = made()
+    net[0].weight_quantizer.calibrate(net[0].weight)
     for _, weight, q in quantized_weights(net):
         q.start_tracking(weight).frequency.fill_(0.25)
+    assert oscillation_states(net)
     with torch.device("meta"):
         other = made()
     other.load_state_dict(net.state_dict(), assign=True)

@@ -115,6 +115,7 @@ def test_histories_begin_anew_where_a_fit_without_tracking_has_moved_weights():
 
     qat, _, freezing = callbacks()
     trainer([qat, Look(momentum=0.1), freezing], max_epochs=1).fit(module, Data())
+    assert begun.keys() == before.keys() != set()
     for name, history in begun.items():
         assert not any(history[what][::2].any() for what in ("frequency", "direction", "frozen"))
         assert history["ema_int"][::2].equal(history["weight_int"][::2].float())

@@ -367,7 +367,9 @@ def test_a_weight_that_a_function_reads_too_is_told():
 def test_losses_that_a_module_keeps_are_copied_too():
     model = calibrated(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(8, 4))
     model.losses = {"of each batch": [model(torch.randn(8, 4)).sum()]}
-    assert torch.equal(convert(model).losses["of each batch"][0], model.losses["of each batch"][0])
+    copied, own = convert(model).losses["of each batch"][0], model.losses["of each batch"][0]
+    assert copied is not own
+    assert torch.equal(copied, own)
     model[1].lock = threading.Lock()
     with pytest.raises(
         TypeError, match="Sequential cannot be copied, because of its attribute '1.lock': cannot pickle"

@@ -301,8 +301,10 @@ def test_shared_weights_and_statistics_that_are_not_finite():
     x = torch.randn(4, 3, 5, 5)
     tied = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
     tied[2].weight = tied[0].weight
+    calibrated(tied, x)
     with pytest.warns(UserWarning, match="'0' shares a parameter"):
-        convert(calibrated(tied, x), fold_batch_norm=True)
+        left = convert(tied, fold_batch_norm=True)
+    assert torch.equal(left(x), convert(tied)(x))
     model = calibrated(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), x)
     model[1].running_var.fill_(float("nan"))
     with pytest.warns(UserWarning, match="statistics or parameters are not finite"):

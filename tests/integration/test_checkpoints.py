@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import pickle
 import threading
 import zipfile
 
@@ -358,9 +359,8 @@ def test_a_truncated_file_loses_nothing(runs, tmp_path, share):
     (tmp_path / "cut.ckpt").write_bytes(content[: int(share * len(content))])
     going_on = copy.deepcopy(module).train()
     before = {key: value.clone() for key, value in going_on.state_dict().items()}
-    with pytest.raises(Exception, match=".") as error:
+    with pytest.raises((RuntimeError, EOFError, OSError, pickle.UnpicklingError)):
         trainer(callbacks()).fit(going_on, Data(), ckpt_path=tmp_path / "cut.ckpt")
-    assert not isinstance(error.value, AssertionError)
     assert all(torch.equal(value, before[key]) for key, value in going_on.state_dict().items())
     with pytest.raises(ValueError, match=r"cut\.ckpt is damaged"):
         load_quantized(ConvModule, tmp_path / "cut.ckpt")

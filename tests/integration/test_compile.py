@@ -255,7 +255,7 @@ def test_an_error_in_a_pass_does_not_leave_everything_eager(counter):
 
 
 def whole(own, log, counter):
-    """Fit ``torch.compile(module)``, and return the type of the error that ended it, or None, and the module."""
+    """Fit ``torch.compile(module)``; return the type and words of the error that ended it, or None, and the module."""
     torch._dynamo.reset()
     torch.manual_seed(11)
     module = Module(log=log)
@@ -263,7 +263,7 @@ def whole(own, log, counter):
     try:
         t.fit(torch.compile(module, backend=counter), loader(), loader(16))
     except Exception as error:
-        return type(error), module
+        return (type(error), str(error).partition("\n")[0]), module
     return None, module
 
 
@@ -279,7 +279,7 @@ def test_a_compiled_module_whose_steps_log_fails_or_runs_as_in_plain_lightning(c
     # with Lightning 2.6.6 and torch 2.13 Dynamo fails in self.log of a compiled training_step, whatever the callbacks
     plain, _ = whole([], True, counter)
     ours, _ = whole(callbacks(), True, counter)
-    assert ours is plain
+    assert ours == plain
 
 
 @pytest.mark.slow

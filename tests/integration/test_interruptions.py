@@ -211,6 +211,7 @@ def run(extra=(), seed=11, ckpt_path=None, **kwargs):
 
 
 def assert_same(a, b):
+    assert a.state_dict().keys() == b.state_dict().keys()
     for (name, p), q in zip(a.state_dict().items(), b.state_dict().values()):
         assert torch.equal(p, q), name
     others = oscillation_states(b)

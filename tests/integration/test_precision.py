@@ -36,8 +36,6 @@ from lightning_qat_osc.oscillation import pass_on_gradient
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*below twice the momentum.*"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*"),
-    # a learning-rate scheduler does not see a step that the scaler skips, and warns
-    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before.*optimizer.step.*"),
 ]
 
 EPOCHS, STEPS = 7, 56

@@ -183,6 +183,7 @@ def test_a_stopped_run_ends_with_the_same_bits(name, tmp_path):
         t = trainer([*callbacks(), Seed(), *last], max_epochs=3, num_sanity_val_steps=0)
         t.fit(module, data, data, ckpt_path=path)
         assert t.global_step == 6
+    assert unbroken.state_dict().keys() == resumed.state_dict().keys()
     for (key, value), other in zip(unbroken.state_dict().items(), resumed.state_dict().values()):
         assert torch.equal(value, other), key
 
