@@ -200,7 +200,7 @@ def test_flat_parameters_are_refused(process_group_of_its_own):
         """Gets past Lightning's check, which refuses FSDPStrategy itself on a CPU."""
 
     t = trainer([QuantizationAwareTraining()], strategy=OnCPU(process_group_backend="gloo"))
-    with pytest.raises(MisconfigurationException, match="OnCPU stores weights in flat .*use ModelParallelStrategy"):
+    with pytest.raises(MisconfigurationException, match="OnCPU flattens weights into shards.*use ModelParallelStrategy"):
         t.fit(ConvModule(), Data())
 
 
@@ -246,6 +246,6 @@ def test_deepspeed_is_refused():
             """Skip the parent's ``__init__``, which needs deepspeed to be installed."""
 
     module = ConvModule()
-    with pytest.raises(MisconfigurationException, match="Deep stores weights in flat .*use ModelParallelStrategy"):
+    with pytest.raises(MisconfigurationException, match="Deep flattens weights into shards.*use ModelParallelStrategy"):
         QuantizationAwareTraining().setup(SimpleNamespace(strategy=Deep()), module, "fit")
     assert not quantized_layers(module)
