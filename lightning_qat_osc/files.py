@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 import torch
 
-__all__ = ["read_tensors", "atomic_write"]
+__all__ = ["atomic_write", "read_tensors"]
 
 
 def read_tensors(path: str | PathLike[str], *, map_location: Any, weights_only: bool) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qat_osc.kernels import SMALL, Limit, as_rows, compiled, scalar_tensor
+from lightning_qat_osc.kernels import SMALL, Limit, as_rows, cached_scalar, compiled
 from lightning_qat_osc.lsq_gradients import gradients, gradients_to_differentiate, suits_kernels
 
 __all__ = ["fake_quantize", "fake_quantize_pair", "integer_grid", "quantize_to_int"]
@@ -108,7 +108,7 @@ def _operands(tensors: Sequence[Tensor], scale: Tensor, n: int, p: int) -> list[
     """Return tensors, their scale and the limits of their grid in the form that compiled kernels take."""
     views = as_rows([scale], tensors)
     assert views is not None
-    return [*views[1:], views[0], scalar_tensor(n, scale.device), scalar_tensor(p, scale.device)]
+    return [*views[1:], views[0], cached_scalar(n, scale.device), cached_scalar(p, scale.device)]
 
 
 def fake_quantize(

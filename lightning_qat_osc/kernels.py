@@ -16,16 +16,16 @@ __all__ = [
     "BLOCK",
     "SMALL",
     "Limit",
+    "as_rows",
     "blocks",
+    "cached_scalar",
     "compiled",
     "in_channels_last",
     "in_one_order",
     "in_rows",
     "joined_copy",
     "memory_view",
-    "scalar_tensor",
     "split_like",
-    "as_rows",
     "why_nothing_compiles",
 ]
 
@@ -64,7 +64,7 @@ def compiled(function: Function, variant: str = "") -> Function:
 
 
 @lru_cache(maxsize=256)
-def scalar_tensor(value: float, device: torch.device) -> Tensor:
+def cached_scalar(value: float, device: torch.device) -> Tensor:
     """Return a number as a tensor without dimensions, for compiled kernels.
 
     Kernels are recompiled for each Python float, and convert an integer argument in every iteration. Filling a

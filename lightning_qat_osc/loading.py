@@ -19,7 +19,7 @@ from lightning_qat_osc.rules import bits_differences
 from lightning_qat_osc.scales import hold_scales
 from lightning_qat_osc.surgery import quantize_model
 
-__all__ = ["config_of_checkpoint", "load_quantized", "load_with_arguments", "apply_load_hook"]
+__all__ = ["apply_load_hook", "config_of_checkpoint", "load_quantized", "load_with_arguments"]
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["copy_full_", "is_sharded", "local_part", "reshard", "shard_full", "sharded_like", "full_tensor"]
+__all__ = ["copy_full_", "full_tensor", "is_sharded", "local_part", "reshard", "shard_full", "sharded_like"]
 
 
 def is_sharded(x: Tensor) -> bool:

@@ -17,10 +17,10 @@ from lightning_qat_osc.kernels import (
     Limit,
     as_rows,
     blocks,
+    cached_scalar,
     compiled,
     joined_copy,
     memory_view,
-    scalar_tensor,
     split_like,
 )
 from lightning_qat_osc.lookup import QuantizedWeight
@@ -174,7 +174,7 @@ class WeightBatch:
 
     def scalar(self, value: float) -> Tensor | float:
         """Return a number in the form that the kernel takes."""
-        return scalar_tensor(value, self.weights[0].device) if self._fused else value
+        return cached_scalar(value, self.weights[0].device) if self._fused else value
 
     def run(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Generator, Sequence, Sized
 from itertools import islice
 from typing import Any
@@ -46,18 +47,15 @@ def _share_of_rank(trainer: pl.Trainer, loaders: Sequence[Any], num_batches: int
     Ranks take different batches, and the same number of them, if there are enough for all. Otherwise, or if a loader
     has no length, each rank takes the first batches of its own loaders.
     """
-    sizes = [len(loader) for loader in loaders if isinstance(loader, Sized)]
+    sizes = [len(loader) if isinstance(loader, Sized) else sys.maxsize for loader in loaders]
+    size = max(sizes, default=0)
     replicas = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}  # some ranks may share a replica
     rank, world = replicas["rank"], replicas["num_replicas"]
-    if len(sizes) < len(loaders) or max(sizes, default=0) < world:
+    if size < world or size == sys.maxsize:
         rank, world = 0, 1
     limit = trainer.limit_train_batches  # a number of batches, or a share of them
-    if isinstance(limit, int):
-        num_batches = min(num_batches, limit)
-    if len(sizes) == len(loaders):
-        share = limit if isinstance(limit, float) else 1.0
-        num_batches = min(num_batches, int(max(sizes, default=0) // world * share))
-    return slice(rank, world * num_batches, world)
+    most = limit if isinstance(limit, int) else int(size // world * limit)
+    return slice(rank, world * min(num_batches, size // world, most), world)
 
 
 def training_batches(

@@ -15,7 +15,7 @@ from lightning_qat_osc.export.packed import save_packed
 from lightning_qat_osc.export.pt2e import export_program
 from lightning_qat_osc.files import atomic_write
 
-__all__ = ["ExportFormat", "SUFFIXES", "export_model", "require_packages"]
+__all__ = ["SUFFIXES", "ExportFormat", "export_model", "require_packages"]
 
 ExportFormat = Literal["packed", "onnx", "torch"]
 """``packed``: safetensors with b bits per weight, read by :func:`~lightning_qat_osc.export.load_packed`.

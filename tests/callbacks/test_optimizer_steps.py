@@ -270,6 +270,7 @@ def test_an_average_that_moves_without_a_step_is_no_step(loads, monkeypatch):
     module = Averaging(loads)
     trainer(callbacks(forward_fn=lambda module, batch: module.network(batch[0])), max_epochs=2).fit(module, Data())
     assert len(advanced) == 4  # every fourth of 16 batches
+    assert any((s.weight_int != 0).any() for s in oscillation_states(module).values())
 
 
 class Guarded(ConvModule):

@@ -50,6 +50,7 @@ def test_trains_on_the_grid_and_leaves_the_class_alone():
         "head": 8,
     }
     assert module.stem.input_quantizer.bits is None
+    assert module.eval()(torch.randn(4, 1, 6, 6)).isfinite().all()
     assert len(module.depthwise.weight_quantizer(module.depthwise.weight).unique()) <= 8
     assert all(not torch.equal(p, before[n]) for n, p in module.named_parameters() if n in before)
 

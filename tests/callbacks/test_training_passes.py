@@ -358,10 +358,10 @@ def test_the_trainers_limit_holds_outside_fit_too(limit, expected):
 
 def test_the_trainers_limit_holds_for_a_stream():
     without_length = iter(range(100))
-    share = _share_of_rank(
-        SimpleNamespace(distributed_sampler_kwargs=None, limit_train_batches=3), [without_length], 50
-    )
-    assert list(range(100))[share] == [0, 1, 2]
+    for limit, expected in ((3, 3), (1.0, 50), (0.0, 0)):
+        stand_in = SimpleNamespace(distributed_sampler_kwargs=None, limit_train_batches=limit)
+        share = _share_of_rank(stand_in, [without_length, range(4)], 50)
+        assert list(range(100))[share] == list(range(expected))
 
 
 def test_generators_of_modules_and_data_modules_go_on_as_without_passes():

@@ -146,6 +146,9 @@ def test_weights_are_integers_under_the_float_models_keys(exported):
         for name, weight in weights.items():
             assert stored[name].data_type == dtype
             assert np.array_equal(numpy_helper.to_array(stored[name]).astype(np.int8), weight.values.numpy())
+        assert not any(
+            x.data_type == TensorProto.FLOAT and len(x.dims) > 1 and max(x.dims) > 24 for x in stored.values()
+        )
         shapes = {tuple(sorted(weight.values.shape)) for weight in weights.values()}
         assert not [
             n for n, x in stored.items() if x.data_type == TensorProto.FLOAT and tuple(sorted(x.dims)) in shapes

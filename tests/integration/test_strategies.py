@@ -200,7 +200,9 @@ def test_flat_parameters_are_refused(process_group_of_its_own):
         """Gets past Lightning's check, which refuses FSDPStrategy itself on a CPU."""
 
     t = trainer([QuantizationAwareTraining()], strategy=OnCPU(process_group_backend="gloo"))
-    with pytest.raises(MisconfigurationException, match="OnCPU flattens weights into shards.*use ModelParallelStrategy"):
+    with pytest.raises(
+        MisconfigurationException, match="OnCPU flattens weights into shards.*use ModelParallelStrategy"
+    ):
         t.fit(ConvModule(), Data())
 
 
